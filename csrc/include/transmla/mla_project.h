@@ -1,0 +1,33 @@
+// What follows the projection GEMMs of an MLA layer: split, RMSNorm, RoPE, absorb, cache append.
+#pragma once
+
+#include "transmla/types.h"
+
+namespace transmla {
+
+struct MlaProjectParams {
+  const void* q_proj;  // [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], contiguous
+  const void* kv_a_proj;        // [num_tokens, kv_lora_rank + qk_rope_head_dim], contiguous
+  const void* w_uk;             // [num_heads, qk_nope_head_dim, kv_lora_rank], last dimension dense
+  const void* kv_norm;          // [kv_lora_rank] RMSNorm weight of the latent, or nullptr
+  const float* cos_sin;         // [max_position, qk_rope_head_dim], contiguous: cosines, then sines
+  const int64_t* positions;     // [num_tokens], rows of cos_sin
+  const int64_t* slot_mapping;  // [num_tokens], block * block_size + offset; negative: not stored
+  void* q;             // [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], contiguous
+  void* latent_cache;  // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
+  DType dtype;         // of every tensor whose type is void
+
+  index_t num_tokens, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim;
+  index_t num_blocks, block_size, max_position;
+  index_t w_uk_stride_head,
+      w_uk_stride_row;  // in elements: a slice of kv_b_proj.weight is used in place
+  index_t cache_stride_block, cache_stride_token;
+
+  float norm_eps;  // added to the mean square of the latent
+};
+
+// RoPE pairs are interleaved, as in DeepSeek's checkpoints and vLLM: (2j, 2j + 1) turns by position
+// * frequency j.
+TRANSMLA_API void mla_project_cpu(const MlaProjectParams& params, const ParallelFor& parallel_for);
+
+}  // namespace transmla

@@ -1,0 +1,180 @@
+"""The ops: one function each, callable on every device that has a kernel, under autocast-free inference.
+
+All of them are ``torch.library`` ops of the namespace ``transmla`` (``torch.ops.transmla.*``), work under
+``torch.compile(fullgraph=True)``, raise RuntimeError for a misuse and have no gradient: training uses plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _lib  # noqa: F401  (loading the libraries registers the ops)
+
+__all__ = ["batched_pca", "batched_svd", "covariance_add_", "merge_attn_states", "mla_decode", "mla_project"]
+
+
+def mla_project(
+    hidden: Tensor,
+    w_q: Tensor,
+    w_kv_a: Tensor,
+    w_uk: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    latent_cache: Tensor,
+    *,
+    w_q_a: Tensor | None = None,
+    q_a_norm: Tensor | None = None,
+    kv_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """Absorbed, rotated queries of new tokens; their latents and rotated keys go to the paged cache.
+
+    Args:
+        hidden: [num_tokens, hidden_size], bf16, fp16 or fp32: the attention layer's (normalised) input.
+        w_q: [num_heads * (qk_nope_head_dim + qk_rope_head_dim), hidden_size or q_lora_rank], per head nope rows, then
+            interleaved RoPE rows.
+        w_kv_a: [kv_lora_rank + qk_rope_head_dim, hidden_size], latent rows, then interleaved RoPE rows.
+        w_uk: [num_heads, qk_nope_head_dim, kv_lora_rank], last dimension dense; a view of kv_b_proj.weight will do.
+            qk_nope_head_dim may be 0: the latent part of q is then zero.
+        cos_sin: [max_position, qk_rope_head_dim], fp32: cosines of the qk_rope_head_dim / 2 pairs, then sines.
+        positions: [num_tokens], int64, rows of cos_sin.
+        slot_mapping: [num_tokens], int64, block * block_size + offset; negative: the token is not stored.
+        latent_cache: [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim], dtype of hidden; written in place.
+        w_q_a: [q_lora_rank, hidden_size], if the query projection is factored.
+        q_a_norm: [q_lora_rank], RMSNorm weight between the two query factors; None for no norm.
+        kv_norm: [kv_lora_rank], RMSNorm weight of the latent; None for no norm.
+        norm_eps: added to the mean square in both norms.
+    Returns:
+        q [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], dtype of hidden: q_nope · W_UK, then rotated q_pe.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with W_UK absorbed into the query.
+    """
+    out: Tensor = torch.ops.transmla.mla_project(
+        hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache, w_q_a, q_a_norm, kv_norm, norm_eps
+    )
+    return out
+
+
+@torch.library.register_fake("transmla::mla_project")
+def _(hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache, *_rest):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(hidden.size(0), w_uk.size(0), latent_cache.size(2))
+
+
+def mla_decode(
+    q: Tensor,
+    latent_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    *,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
+    num_splits: int = 0,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed MLA attention of new queries over a paged latent cache.
+
+    Args:
+        q: [batch_size, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim], bf16, fp16 or fp32, last dimension dense.
+        latent_cache: [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim], dtype of q; latent first, RoPE key last.
+        block_table: [batch_size, max_blocks], int32; entries past the sequence's end are never read.
+        cache_seqlens: [batch_size], int32, tokens in the cache *including* the seqlen_q new ones, or 0.
+        kv_lora_rank: numbers of the latent, a multiple of 16; the rest of the last dimension is the RoPE key.
+        softmax_scale: applied to q·k before the softmax.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        sliding_window: a query sees itself and the sliding_window - 1 tokens before it; 0 is off.
+        num_splits: parts each sequence is cut into; 0 lets the device decide.
+        batch_invariant: cut at fixed token counts, so that a sequence's bits do not depend on its batch.
+    Returns:
+        out [batch_size, seqlen_q, num_heads, kv_lora_rank], dtype of q, and lse [batch_size, num_heads, seqlen_q], fp32,
+        natural log. Query i of a sequence of length n sees tokens 0 .. n - seqlen_q + i (causal).
+        A query that sees nothing gives out = 0 and lse = -inf.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2; splits merged as in Flash-Decoding.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_decode(
+        q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale,
+        softcap, sliding_window, num_splits, batch_invariant,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.register_fake("transmla::mla_decode")
+def _(q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, *_rest):  # type: ignore[no-untyped-def]
+    batch_size, seqlen_q, num_heads, _ = q.shape
+    out = q.new_empty(batch_size, seqlen_q, num_heads, kv_lora_rank)
+    return out, q.new_empty(batch_size, num_heads, seqlen_q, dtype=torch.float32)
+
+
+def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the whole from attention over two disjoint parts (context parallel, shared prefix).
+
+    Args:
+        out_a, out_b: [batch_size, seqlen_q, num_heads, head_dim], bf16, fp16 or fp32, contiguous.
+        lse_a, lse_b: [batch_size, num_heads, seqlen_q], fp32, natural log; -inf or +inf marks an empty part.
+    Returns:
+        out and lse of the same shapes and dtypes; two empty parts give out = 0 and lse = -inf.
+    Source: Flash-Decoding; Cascade attention (arXiv 2501.01005), equation 3.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.merge_attn_states(out_a, lse_a, out_b, lse_b)
+    return out
+
+
+@torch.library.register_fake("transmla::merge_attn_states")
+def _(out_a, lse_a, out_b, lse_b):  # type: ignore[no-untyped-def]
+    return torch.empty_like(out_a), torch.empty_like(lse_a)
+
+
+def covariance_add_(acc: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+    """Adds Xᵀ diag(weight) X of every group to an fp64 state, in place.
+
+    Args:
+        acc: [num_groups, dim, dim], fp64, contiguous; symmetric, both triangles kept.
+        x: [num_tokens, num_groups, dim], bf16, fp16 or fp32, last dimension dense.
+        weight: [num_tokens], fp32; None for ones.
+    """
+    torch.ops.transmla.covariance_add_(acc, x, weight)
+
+
+@torch.library.register_fake("transmla::covariance_add_")
+def _(acc, x, weight=None):  # type: ignore[no-untyped-def]
+    return None
+
+
+def batched_pca(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors of symmetric positive semi-definite matrices.
+
+    Args:
+        cov: [num_matrices, dim, dim], fp32 or fp64, symmetric; the lower triangle is read.
+    Returns:
+        eigenvalues [num_matrices, dim] and eigenvectors [num_matrices, dim, dim], one a column, its largest component
+        positive; dtype of cov, computed in fp64. Matrices too large for a core's cache go to LAPACK through torch.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.batched_pca(cov)
+    return out
+
+
+@torch.library.register_fake("transmla::batched_pca")
+def _(cov):  # type: ignore[no-untyped-def]
+    return cov.new_empty(cov.shape[:2]), torch.empty_like(cov, memory_format=torch.contiguous_format)
+
+
+def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition a = u · diag(s) · vh of many matrices.
+
+    Args:
+        a: [num_matrices, rows, cols], fp32 or fp64.
+    Returns:
+        u [num_matrices, rows, k], s [num_matrices, k] descending and vh [num_matrices, k, cols], k = min(rows, cols);
+        dtype of a, computed in fp64. Matrices too large for a core's cache go to LAPACK through torch.
+    """
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.transmla.batched_svd(a)
+    return out
+
+
+@torch.library.register_fake("transmla::batched_svd")
+def _(a):  # type: ignore[no-untyped-def]
+    num_matrices, rows, cols = a.shape
+    k = min(rows, cols)
+    return a.new_empty(num_matrices, rows, k), a.new_empty(num_matrices, k), a.new_empty(num_matrices, k, cols)

@@ -1,0 +1,162 @@
+// Checks of op arguments: the same on every device, and all messages name op, argument, expected
+// and got.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "transmla/types.h"
+
+namespace transmla {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Dim {
+  const char* name;
+  int64_t size = -1;  // -1: any
+};
+
+enum class Strides { kAny, kDenseLastDim, kContiguous };
+
+using DTypes = std::initializer_list<ScalarType>;
+constexpr DTypes kFloats = {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float};
+
+class Check {
+ public:
+  // Every tensor has to be on the device of `first`.
+  Check(const char* op, const Tensor& first) : op_(op), device_(first.device()) {}
+
+  void tensor(const char* name, const Tensor& t, DTypes dtypes, std::initializer_list<Dim> dims,
+              Strides strides = Strides::kContiguous) const {
+    const bool shape_ok = has_dtype(t, dtypes) && has_shape(t, dims);
+    const bool strides_ok = !shape_ok || has_strides(t, strides);
+    const bool device_ok = t.device() == device_;
+    if (shape_ok && strides_ok && device_ok) return;
+
+    std::ostringstream text;
+    text << name << " must be ";
+    write_expected(text, dtypes, dims);
+    if (!strides_ok) {
+      text << (strides == Strides::kContiguous ? ", contiguous" : ", dense in the last dimension");
+    }
+    if (!device_ok) text << " on " << device_name(device_);
+    text << ", got " << dtype_name(t.scalar_type()) << ' ' << list(t.sizes());
+    if (!strides_ok) text << " with strides " << list(t.strides());
+    if (!device_ok) text << " on " << device_name(t.device());
+    fail(text.str());
+  }
+
+  // For numbers: `expected` reads as in "kv_lora_rank must be a multiple of 16".
+  template <class T>
+  void number(bool ok, const char* name, const char* expected, T got) const {
+    if (ok) return;
+    std::ostringstream text;
+    text << name << " must be " << expected << ", got " << got;
+    fail(text.str());
+  }
+
+  [[noreturn]] void fail(const std::string& text) const {
+    throw std::runtime_error(std::string("transmla::") + op_ + ": " + text);
+  }
+
+ private:
+  using Device = torch::stable::Device;
+  using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
+
+  static bool has_dtype(const Tensor& t, DTypes dtypes) {
+    for (ScalarType dtype : dtypes) {
+      if (t.scalar_type() == dtype) return true;
+    }
+    return false;
+  }
+
+  static bool has_shape(const Tensor& t, std::initializer_list<Dim> dims) {
+    if (t.dim() != static_cast<int64_t>(dims.size())) return false;
+    int64_t i = 0;
+    for (const Dim& dim : dims) {
+      const int64_t size = t.size(i++);
+      if (dim.size >= 0 && size != dim.size) return false;
+    }
+    return true;
+  }
+
+  static bool has_strides(const Tensor& t, Strides strides) {
+    if (strides == Strides::kContiguous) return t.is_contiguous();
+    if (strides == Strides::kAny || t.dim() == 0) return true;
+    return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1;
+  }
+
+  static void write_expected(std::ostream& out, DTypes dtypes, std::initializer_list<Dim> dims) {
+    size_t i = 0;
+    for (ScalarType dtype : dtypes) {
+      if (i > 0) out << (i + 1 == dtypes.size() ? " or " : ", ");
+      out << dtype_name(dtype);
+      ++i;
+    }
+    const char* separator = " [";
+    for (const Dim& dim : dims) {
+      out << separator << dim.name;
+      if (dim.size >= 0) out << '=' << dim.size;
+      separator = ", ";
+    }
+    out << ']';
+  }
+
+  static std::string list(Ints values) {
+    std::ostringstream out;
+    out << '[';
+    for (size_t i = 0; i < values.size(); ++i) out << (i > 0 ? ", " : "") << values[i];
+    out << ']';
+    return out.str();
+  }
+
+  // As Python spells it.
+  static std::string dtype_name(ScalarType dtype) {
+    switch (dtype) {
+      case ScalarType::Half:
+        return "float16";
+      case ScalarType::Float:
+        return "float32";
+      case ScalarType::Double:
+        return "float64";
+      case ScalarType::Int:
+        return "int32";
+      case ScalarType::Long:
+        return "int64";
+      default: {
+        std::string name = torch::headeronly::toString(dtype);
+        for (char& c : name) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c);
+        return name;
+      }
+    }
+  }
+
+  static std::string device_name(const Device& device) {
+    const std::string type = device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda" : "another device";
+    return device.has_index() && !device.is_cpu() ? type + ":" + std::to_string(device.index())
+                                                  : type;
+  }
+
+  const char* op_;
+  Device device_;
+};
+
+// Of a tensor that has passed a check for kFloats.
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+}  // namespace transmla

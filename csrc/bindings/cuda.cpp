@@ -1,0 +1,37 @@
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/kernels.h"
+#include "merge_attn_states.h"
+
+// Weak: a CPU-only torch lacks it, and this library still loads there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace transmla {
+namespace {
+
+template <class Params>
+void launch_on(const Tensor& t, const char* op, int (*launch)(const Params&, void*),
+               const Params& params) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  if (const int error = launch(params, stream)) {
+    throw std::runtime_error(std::string("transmla::") + op + ": CUDA error " +
+                             std::to_string(error));
+  }
+}
+
+struct Cuda {
+  static void launch(const MergeAttnStatesParams& params, const Tensor& t) {
+    launch_on(t, "merge_attn_states", launch_merge_attn_states, params);
+  }
+};
+
+}  // namespace
+}  // namespace transmla
+
+STABLE_TORCH_LIBRARY_IMPL(transmla, CUDA, m) {
+  using namespace transmla;
+  m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cuda>));
+}

@@ -1,0 +1,18 @@
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(transmla, m) {
+  m.def(
+      "mla_project(Tensor hidden, Tensor w_q, Tensor w_kv_a, Tensor w_uk, Tensor cos_sin, "
+      "Tensor positions, Tensor slot_mapping, Tensor(a!) latent_cache, Tensor? w_q_a, "
+      "Tensor? q_a_norm, Tensor? kv_norm, float norm_eps) -> Tensor");
+  m.def(
+      "mla_decode(Tensor q, Tensor latent_cache, Tensor block_table, Tensor cache_seqlens, "
+      "int kv_lora_rank, float softmax_scale, float softcap, int sliding_window, int num_splits, "
+      "bool batch_invariant) -> (Tensor, Tensor)");
+  m.def(
+      "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
+      "(Tensor, Tensor)");
+  m.def("covariance_add_(Tensor(a!) acc, Tensor x, Tensor? weight) -> ()");
+  m.def("batched_pca(Tensor cov) -> (Tensor, Tensor)");
+  m.def("batched_svd(Tensor a) -> (Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,188 @@
+// fp32 vectors of the instruction set that a kernel is compiled for, and their loads and stores
+// from every DType.
+//
+// Everything here and in <op>.cpp lives in transmla::<isa>. Kernels include no header with inline
+// functions of another namespace: the linker keeps one copy of those, perhaps the one with
+// instructions that the machine lacks.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace transmla::TRANSMLA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+constexpr int kVecSize = kVecBytes / sizeof(float);
+
+// Vector extensions of GCC and Clang: + - * / and comparisons work lane by lane, also with a
+// scalar, and comparisons give an IVec of 0 and -1.
+typedef float Vec __attribute__((vector_size(kVecBytes)));
+typedef int32_t IVec __attribute__((vector_size(kVecBytes)));
+typedef uint32_t UVec __attribute__((vector_size(kVecBytes)));
+typedef uint16_t HalfVec __attribute__((vector_size(kVecBytes / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline index_t min(index_t a, index_t b) { return a < b ? a : b; }
+inline index_t max(index_t a, index_t b) { return a > b ? a : b; }
+inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kVecSize; ++i) total += v[i];
+  return total;
+}
+
+inline Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfVec h;
+  memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UVec) << 16);
+}
+
+inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  HalfVec h;
+  memcpy(&h, p, sizeof h);
+  const UVec bits = __builtin_convertvector(h, UVec);
+  // The exponent bias of fp16 is 15 and of fp32 127; the product also normalises subnormals.
+  const Vec magnitude = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
+  const UVec special = (UVec)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (Vec)((UVec)magnitude | special | (bits & 0x8000) << 16);
+#endif
+}
+
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+inline void store(BFloat16* p, Vec v) {
+  const UVec bits = (UVec)v;
+  const UVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const UVec quiet_nan = bits >> 16 | 0x40;
+  const HalfVec h =
+      __builtin_convertvector((UVec)select(v == v, (Vec)rounded, (Vec)quiet_nan), HalfVec);
+  memcpy(p, &h, sizeof h);
+}
+
+inline void store(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const UVec sign = (UVec)v & 0x80000000;
+  const UVec magnitude = (UVec)v ^ sign;
+  const UVec rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  const UVec normal = (rounded - (112u << 23)) >> 13;
+  // Adding 0.5 lets the adder round at 2^-24, the last place of an fp16 subnormal.
+  const UVec subnormal = (UVec)((Vec)magnitude + 0.5f) - 0x3f000000;
+  const UVec infinite = UVec{} + 0x7c00;
+  const UVec nan = UVec{} + 0x7e00;
+  UVec bits = magnitude < 0x38800000 ? subnormal : normal;
+  bits = rounded >= 0x47800000 ? infinite : bits;
+  bits = magnitude > 0x7f800000 ? nan : bits;
+  const HalfVec h = __builtin_convertvector(bits | sign >> 16, HalfVec);
+  memcpy(p, &h, sizeof h);
+#endif
+}
+
+// The first `n` numbers, n < kVecSize; the rest is zero.
+template <class T>
+inline Vec load_first(const T* p, index_t n) {
+  T padded[kVecSize] = {};
+  memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_first(T* p, Vec v, index_t n) {
+  T padded[kVecSize];
+  store(padded, v);
+  memcpy(p, padded, n * sizeof(T));
+}
+
+// 2^x: relative error below 2e-7; 0 below -126, and for -inf.
+inline Vec exp2(Vec x) {
+  const Vec clamped = max(min(x, broadcast(127.0f)), broadcast(-127.0f));
+  const Vec shifted = clamped + 0x1.8p23f;  // the sum's last bits are the nearest integer
+  const Vec f = clamped - (shifted - 0x1.8p23f);
+  Vec p = broadcast(1.535336188319500e-4f);
+  p = fma(p, f, broadcast(1.339887440266574e-3f));
+  p = fma(p, f, broadcast(9.618437357674640e-3f));
+  p = fma(p, f, broadcast(5.550332471162809e-2f));
+  p = fma(p, f, broadcast(2.402264791363012e-1f));
+  p = fma(p, f, broadcast(6.931472028550421e-1f));
+  p = fma(p, f, broadcast(1.0f));
+  const Vec scale = (Vec)((((UVec)shifted) + 127) << 23);
+  return select(x < -126.0f, Vec{}, p * scale);
+}
+
+// The kernel's body for the dtype of its tensors: call(T{}) with T float, BFloat16 or Float16.
+template <class Call>
+inline void with_dtype(DType dtype, const Call& call) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return call(float{});
+    case DType::kBFloat16:
+      return call(BFloat16{});
+    case DType::kFloat16:
+      return call(Float16{});
+  }
+}
+
+// parallel_for over a lambda (begin, end).
+template <class Body>
+inline void run(const ParallelFor& parallel_for, index_t begin, index_t end, index_t grain,
+                const Body& body) {
+  parallel_for.run(
+      parallel_for.pool, begin, end, grain,
+      [](void* context, index_t b, index_t e) { (*static_cast<const Body*>(context))(b, e); },
+      const_cast<Body*>(&body));
+}
+
+// body(item, worker) once for every item below `num_items`. A worker takes the next item when it is
+// done with one; calls with the same worker, below num_threads, never overlap.
+template <class Body>
+inline void run_items(const ParallelFor& parallel_for, index_t num_items, const Body& body) {
+  index_t next = 0;
+  const auto work = [&](index_t begin, index_t end) {
+    for (index_t worker = begin; worker < end; ++worker) {
+      for (index_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < num_items;) {
+        body(item, worker);
+      }
+    }
+  };
+  run(parallel_for, 0, min(num_items, parallel_for.num_threads), 1, work);
+}
+
+}  // namespace transmla::TRANSMLA_ISA

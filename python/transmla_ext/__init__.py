@@ -1,0 +1,1 @@
+"""Multi-head latent attention for models that were trained without it."""

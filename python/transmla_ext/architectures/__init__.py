@@ -1,0 +1,31 @@
+"""Model families: one file each says where the weights are and what the family's attention adds."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from ..errors import UnsupportedModelError
+from .base import Architecture, AttentionShape, Projections
+from .llama import Llama
+
+__all__ = ["ARCHITECTURES", "Architecture", "AttentionShape", "Projections", "family", "lookup"]
+
+ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in (Llama(),)}
+
+
+def family(model_type: str) -> Architecture:
+    """The family of that name; UnsupportedModelError, naming those that are there, if there is none."""
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def lookup(config: PretrainedConfig) -> Architecture:
+    """The family of a model; UnsupportedModelError if it, or a feature its config.json switches on, has no place here."""
+    architecture = family(config.model_type)
+    reason = architecture.unsupported(config)
+    if reason is not None:
+        raise UnsupportedModelError(f"this {config.model_type} model cannot be converted: {reason}")
+    return architecture

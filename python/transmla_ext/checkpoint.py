@@ -1,0 +1,311 @@
+"""Checkpoints on disk: a lazy reader (safetensors, GGUF) and a staging directory that becomes the output at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .architectures import family
+from .errors import CheckpointError
+
+__all__ = ["Checkpoint", "Staging", "check_out_path", "open_checkpoint", "skeleton", "staging"]
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_INDEX = "model.safetensors.index.json"
+_RESUME = "resume.json"
+
+
+class Checkpoint(ABC):
+    """A model on disk, its tensors read one at a time under the names transformers gives them."""
+
+    path: Path
+    config: PretrainedConfig
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype  # of the weights; what a conversion writes unless told otherwise
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """A copy of one tensor, on the CPU; the file is closed again."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @abstractmethod
+    def identity(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, modification time in ns) of the files behind it: a resumed run must see the same."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A local directory of config.json and safetensors, or a GGUF file, of a supported family; no code of it is run."""
+    path = Path(path)
+    if path.is_dir():
+        return _SafetensorsCheckpoint(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return _GgufCheckpoint(path)
+    if path.is_file():
+        raise CheckpointError(f"{path} is neither a directory of safetensors nor a .gguf file")
+    raise CheckpointError(f"{path} does not exist; give a local directory of safetensors or a .gguf file")
+
+
+class _SafetensorsCheckpoint(Checkpoint):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} has no config.json, so it is no complete model")
+        self.config = _read_config(path, _model_type(path / "config.json"))
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise CheckpointError(f"{path} is quantised; convert the original bf16, fp16 or fp32 checkpoint")
+        self._files = self._weight_map()
+        self.shapes, dtypes = {}, {}
+        for file in sorted(set(self._files.values())):
+            with _open_shard(file) as shard:
+                for name in shard.keys():  # noqa: SIM118  (not a mapping)
+                    view = shard.get_slice(name)
+                    self.shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        if missing := [name for name in self._files if name not in self.shapes]:
+            raise CheckpointError(f"{path}: {_INDEX} names tensors that no shard holds: {_some(missing)}")
+        if strange := [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
+            raise CheckpointError(f"{path}: weights must be one of {', '.join(_DTYPES)}; {_some(strange)}")
+        self.dtype = max((_DTYPES[dtype] for dtype in set(dtypes.values())), key=lambda dtype: dtype.itemsize)
+
+    def _weight_map(self) -> dict[str, Path]:
+        path = self.path
+        if (path / _INDEX).is_file():
+            try:
+                weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{path / _INDEX} is not a shard index: {error}") from error
+            files = {name: path / file for name, file in weight_map.items()}
+            if absent := sorted({file.name for file in files.values() if not file.is_file()}):
+                raise CheckpointError(f"{path} lacks {_some(absent)}, named by {_INDEX}; download the model again")
+            return files
+        single = path / "model.safetensors"
+        if not single.is_file():
+            if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
+                raise CheckpointError(
+                    f"{path} holds pickles ({_some(pickles)}), which can run code and are not read; "
+                    "save the model as safetensors first"
+                )
+            raise CheckpointError(f"{path} has neither model.safetensors nor {_INDEX}")
+        with _open_shard(single) as shard:
+            return dict.fromkeys(shard.keys(), single)
+
+    def tensor(self, name: str) -> Tensor:
+        with _open_shard(self._files[name]) as shard:
+            # The clone leaves the memory map, so that its pages do not stay resident.
+            tensor: Tensor = shard.get_tensor(name).clone()
+        return tensor
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return _read_tokenizer(self.path)
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        return [_stat(file) for file in (self.path / "config.json", *sorted(set(self._files.values())))]
+
+
+class _GgufCheckpoint(Checkpoint):
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, OSError) as error:
+            raise CheckpointError(f"{path} is truncated or no GGUF file: {error}") from error
+        self.config = _read_config(path.parent, reader.fields["general.architecture"].contents(), gguf_file=path.name)
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+        if "rope_freqs.weight" in stored:
+            raise CheckpointError(
+                f"{path} has scaled RoPE frequencies, which are read from safetensors checkpoints only"
+            )
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers)
+        self._tensors: dict[str, Any] = {}
+        for name in _expected_names(self.config):
+            gguf_name = names.get_name(name, try_suffixes=(".weight",))
+            if gguf_name in stored:
+                self._tensors[name] = stored[gguf_name]
+        self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        self.dtype = torch.float32  # dequantised values are not representable in 16 bits
+
+    def tensor(self, name: str) -> Tensor:
+        import gguf
+
+        stored = self._tensors[name]
+        weight = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).float()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # GGUF interleaves RoPE pairs; transformers keeps real and imaginary halves.
+            rows = weight.view(-1, self.config.head_dim // 2, 2, weight.shape[-1])
+            weight = rows.transpose(1, 2).reshape(weight.shape)
+        return weight
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return _read_tokenizer(self.path.parent, gguf_file=self.path.name)
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        return [_stat(self.path)]
+
+
+def skeleton(config: PretrainedConfig) -> torch.nn.Module:
+    """The model transformers builds from a config, without memory behind its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _expected_names(config: PretrainedConfig) -> list[str]:
+    return [name for name, _ in skeleton(config).named_parameters()]
+
+
+class Staging:
+    """A directory beside the output in which files appear whole, renamed to the output when all are there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        with self._whole(name) as file:
+            save_file(contiguous, file, metadata={"format": "pt"})
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        with _open_shard(self.path / name) as shard:
+            return {key: shard.get_tensor(key).clone() for key in shard.keys()}  # noqa: SIM118
+
+    def write_json(self, name: str, value: Any) -> None:
+        with self._whole(name) as file:
+            file.write_text(json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    def remove(self, pattern: str) -> None:
+        for file in self.path.glob(pattern):
+            file.unlink()
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[Path]:
+        temporary = self.path / f".{name}"
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+
+@contextmanager
+def staging(out_path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) -> Iterator[Staging]:
+    """Yields the staging directory of `out_path`; leaving it without an error renames it into place.
+
+    A directory left by a killed run is taken up again if it was made from the same `fingerprint`, and emptied if not.
+    An error removes it; a kill leaves it under the name `<out_path>.partial`, without config.json until the last moment,
+    so that it is never mistaken for a model.
+    """
+    stage = Staging(out_path.with_name(out_path.name + ".partial"))
+    expected = json.loads(json.dumps(fingerprint))
+    if not (stage.has(_RESUME) and stage.read_json(_RESUME) == expected):
+        shutil.rmtree(stage.path, ignore_errors=True)
+    try:
+        stage.path.mkdir(parents=True, exist_ok=True)
+        stage.write_json(_RESUME, expected)
+        yield stage
+        stage.remove(_RESUME)
+        stage.remove(".*")
+        _replace_directory(stage.path, out_path, overwrite=overwrite)
+    except Exception as error:  # not KeyboardInterrupt: an interrupted run resumes like a killed one
+        shutil.rmtree(stage.path, ignore_errors=True)
+        if _is_disk_full(error):
+            raise CheckpointError(
+                f"the disk that holds {out_path.parent} is full; free some space, run again"
+            ) from error
+        raise
+
+
+def check_out_path(out_path: Path, *, overwrite: bool) -> None:
+    """ValueError unless `out_path` can be made, is empty, or may be overwritten."""
+    if out_path.exists() and not out_path.is_dir():
+        raise ValueError(f"output path {out_path} is a file; give a directory")
+    if out_path.is_dir() and any(out_path.iterdir()) and not overwrite:
+        raise ValueError(f"output directory {out_path} is not empty; choose another or overwrite it (--overwrite)")
+
+
+def _replace_directory(source: Path, target: Path, *, overwrite: bool) -> None:
+    check_out_path(target, overwrite=overwrite)
+    if not target.exists():
+        source.rename(target)
+        return
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, SafetensorError) and any(text in str(error) for text in ("No space", "too large"))
+
+
+@contextmanager
+def _open_shard(file: Path) -> Iterator[Any]:
+    try:
+        handle = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from error
+    with handle as shard:
+        yield shard
+
+
+def _model_type(config_json: Path) -> str:
+    try:
+        return str(json.loads(config_json.read_text())["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_json} is not a model's configuration: {error!r}") from error
+
+
+def _read_config(path: Path, model_type: str, **kwargs: Any) -> PretrainedConfig:
+    family(model_type)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, **kwargs
+        )
+    except Exception as error:  # transformers raises nearly anything here
+        raise CheckpointError(f"{path}: the model's configuration cannot be read: {error}") from error
+    return config
+
+
+def _read_tokenizer(path: Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, **kwargs
+        )
+    except Exception as error:  # transformers raises nearly anything here
+        raise CheckpointError(f"{path} has no readable tokenizer: {error}") from error
+    return tokenizer
+
+
+def _stat(file: Path) -> tuple[str, int, int]:
+    stat = file.stat()
+    return file.name, stat.st_size, stat.st_mtime_ns
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

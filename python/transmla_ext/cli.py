@@ -1,0 +1,146 @@
+"""The command line: transmla convert, generate, env."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import TransMLAError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Convert GQA/MHA language models to Multi-head Latent Attention, and run them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class FormatName(str, Enum):
+    transmla = "transmla"
+    deepseek_v3 = "deepseek_v3"
+
+
+class DTypeName(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _int_or(text: str, word: str, option: str) -> int | str:
+    if text == word:
+        return word
+    if text.isdecimal():
+        return int(text)
+    raise typer.BadParameter(f"give a number or '{word}', got '{text}'", param_hint=option)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  transmla convert Llama-2-7b-hf out/ --kv-lora-rank 512 --qk-rope-head-dim 64 --dry-run\n\n"
+    "  transmla convert SmolLM2-135M-Instruct.Q4_1.gguf out/ --kv-lora-rank 88 --qk-rope-head-dim 32\n\n"
+    "  transmla convert Llama-2-7b-hf out/ --format deepseek_v3   # for unmodified vLLM, SGLang, transformers"
+)
+def convert(
+    model: Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; appears when it is complete.")],
+    kv_lora_rank: Annotated[
+        str, typer.Option(help="Numbers of the latent per token, or 'full': nothing lost.")
+    ] = "512",
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help="Numbers of the shared RoPE key. [default: 64, or head_dim if less]")
+    ] = None,
+    q_lora_rank: Annotated[int | None, typer.Option(help="Factor the query projection too, to this rank.")] = None,
+    format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
+    freqfold: Annotated[str, typer.Option(help="RoPE frequencies folded into one, or 'auto'.")] = "auto",
+    calibration: Annotated[
+        str | None, typer.Option(help="Text file or `datasets` name. [default: text that comes with Python]")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
+    dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. [default: the model's]")] = None,
+    pad_to_engine: Annotated[
+        bool | None, typer.Option(help="deepseek_v3: pad to the shapes that engines' kernels take. [default: if free]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output directory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan: shapes, cache bytes, memory; stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Convert a GQA/MHA model to MLA. A killed run resumes when the same command is given again."""
+    from .convert import ConversionOptions, plan
+    from .convert import convert as run
+
+    options = ConversionOptions(
+        kv_lora_rank=_int_or(kv_lora_rank, "full", "--kv-lora-rank"),  # type: ignore[typeddict-item]
+        qk_rope_head_dim=qk_rope_head_dim,
+        q_lora_rank=q_lora_rank,
+        format=format.value,
+        freqfold=_int_or(freqfold, "auto", "--freqfold"),  # type: ignore[typeddict-item]
+        calibration_tokens=calibration_tokens,
+        sequence_length=sequence_length,
+        dtype=dtype.value if dtype else None,
+        pad_to_engine=pad_to_engine,
+    )
+    console = Console()
+    if dry_run:
+        console.print(plan(model, **options).table())
+        return
+    report = run(model, out, calibration=calibration, device=device, overwrite=overwrite, progress=not quiet, **options)
+    console.print(report.table())
+    console.print(f"written to {out}; try: transmla generate {out} 'Once upon a time'", highlight=False)
+
+
+@app.command(epilog="Example:\n\n  transmla generate out/ 'The capital of France is' --max-new-tokens 32")
+def generate(
+    model: Annotated[Path, typer.Argument(help="A converted model, of either format.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens that make up this probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    dtype: Annotated[DTypeName | None, typer.Option(help="To compute in. [default: the checkpoint's]")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+) -> None:
+    """Continue a prompt with a converted model, on this package's kernels."""
+    from .runtime import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    engine = load(model, dtype=dtype.value if dtype else None, device=device)
+    if chat:
+        text = engine.chat_prompt([{"role": "user", "content": text}])
+    for piece in engine.stream(
+        text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    ):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def env() -> None:
+    """Report versions, build and CPU: paste it into a bug report."""
+    from .env import report
+
+    typer.echo(report())
+
+
+def main() -> None:
+    """Entry point: a bad argument or model is one line on standard error and exit status 2."""
+    try:
+        app()
+    except (TransMLAError, ValueError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

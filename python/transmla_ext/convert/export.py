@@ -1,0 +1,237 @@
+"""The two output formats: `transmla` (native) and `deepseek_v3`, which unmodified engines load."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..architectures import Architecture, AttentionShape
+from ..config import MLAConfig
+from ..errors import UnsupportedModelError
+from ..models import native_config
+
+__all__ = ["Export", "Format", "NativeExport", "StockExport", "check_stock"]
+
+Format = Literal["transmla", "deepseek_v3"]
+
+_ATTENTION = ".self_attn."
+
+
+class Export(ABC):
+    """What a format makes of the original's tensors and of the converted attention layers."""
+
+    def __init__(self, base: PretrainedConfig, dtype: torch.dtype) -> None:
+        self.base, self.dtype = base, dtype
+
+    @abstractmethod
+    def config(self, layers: Sequence[MLAConfig]) -> dict[str, Any]:
+        """config.json of the converted model."""
+
+    def attention(self, layer: MLAConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of one attention layer as the format stores them."""
+        return dict(weights)
+
+    def other(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What becomes of a tensor of the original that is no attention weight."""
+        return {name: tensor}
+
+    def cache_dim(self, layer: MLAConfig) -> int:
+        """Numbers an engine caches per token for this layer."""
+        return layer.cache_dim
+
+
+class NativeExport(Export):
+    """The original architecture with its attention replaced; loads with `import transmla_ext`."""
+
+    def config(self, layers: Sequence[MLAConfig]) -> dict[str, Any]:
+        return _json_config(native_config(self.base, layers).to_dict(), self.dtype)
+
+
+class StockExport(Export):
+    """A dense DeepSeek-V3 checkpoint that transformers, vLLM and SGLang load as they are.
+
+    Three recipes make it equal to the native model. (1) DeepSeek normalises the latent; with the latent scaled down to
+    where its mean square vanishes beside the norm's epsilon, RMSNorm is a constant factor, given back by its weight.
+    (2) transformers fixes that epsilon at 1e-6 while engines take rms_norm_eps, so rms_norm_eps becomes 1e-6 and the
+    residual stream is scaled by sqrt(1e-6 / original) to leave every other norm as it was. (3) The softmax scale
+    (qk_nope_head_dim + qk_rope_head_dim)^-1/2 is made up for in the query projection.
+    """
+
+    EPS = 1e-6
+    # (1000 * 2^-28)² / 1e-6 = 1e-5: a latent of that size is still scaled right to 1e-5. bf16 has fp32's exponents.
+    NORM_INPUT_SCALE = 2.0**-28
+    NORM_WEIGHT = 2.0**18  # the power of two next to sqrt(EPS) / NORM_INPUT_SCALE, exact in bf16; kv_b takes the rest
+    ENGINE_LATENT, ENGINE_ROPE, ENGINE_HEAD = 512, 64, 128
+
+    def __init__(
+        self,
+        base: PretrainedConfig,
+        dtype: torch.dtype,
+        architecture: Architecture,
+        layer: MLAConfig,
+        *,
+        pad_to_engine: bool | None,
+    ) -> None:
+        super().__init__(base, dtype)
+        if reason := architecture.no_stock_export(base):
+            raise UnsupportedModelError(f"format deepseek_v3 cannot express this {base.model_type} model: {reason}")
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"format deepseek_v3 needs dtype bfloat16 or float32 (its constant norm underflows), got {dtype}"
+            )
+        self.shape: AttentionShape = architecture.shape(base)
+        self.residual_scale = math.sqrt(self.EPS / base.rms_norm_eps)
+        self.rank, self.rope_dim = layer.kv_lora_rank, layer.qk_rope_head_dim
+        self.nope_dim, self.v_dim = layer.qk_nope_head_dim, layer.v_head_dim
+        fits = (
+            self.rank <= self.ENGINE_LATENT
+            and self.rope_dim <= self.ENGINE_ROPE
+            and max(self.nope_dim, self.v_dim) <= self.ENGINE_HEAD
+            and self.shape.head_dim % self.ENGINE_ROPE == 0
+        )
+        if pad_to_engine and not fits:
+            raise ValueError(
+                f"pad_to_engine: engines take kv_lora_rank <= {self.ENGINE_LATENT}, qk_rope_head_dim <= {self.ENGINE_ROPE} "
+                f"and heads <= {self.ENGINE_HEAD}, got {self.rank}, {self.rope_dim} and {self.shape.head_dim}"
+            )
+        # Padding a narrower RoPE key costs cache on every engine, so that is done only when asked for.
+        if pad_to_engine or (pad_to_engine is None and fits and self.rope_dim == self.ENGINE_ROPE):
+            self.rank, self.rope_dim = self.ENGINE_LATENT, self.ENGINE_ROPE
+            self.nope_dim = self.v_dim = self.ENGINE_HEAD
+        self.slots = self._slots(layer)
+
+    def _slots(self, layer: MLAConfig) -> list[int]:
+        """Where each RoPE pair goes: stock slot j turns with the original's frequency j * head_dim / rope_dim."""
+        step = self.shape.head_dim // self.rope_dim if self.rope_dim else 0
+        slots = [index // step if step and index % step == 0 else -1 for index in layer.rope_slots]
+        if self.nope_dim == 0 or -1 in slots or len(set(slots)) < len(slots):
+            raise ValueError(
+                "format deepseek_v3 has one RoPE slot per evenly spaced frequency and a key part without RoPE, which "
+                f"qk_rope_head_dim={layer.qk_rope_head_dim} of this model does not fit; use format='transmla'"
+            )
+        return slots
+
+    def cache_dim(self, layer: MLAConfig) -> int:
+        return self.rank + self.rope_dim
+
+    def config(self, layers: Sequence[MLAConfig]) -> dict[str, Any]:
+        base = self.base
+        config = {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": base.bos_token_id,
+            "eos_token_id": base.eos_token_id,
+            "pad_token_id": base.pad_token_id,
+            "hidden_act": base.hidden_act,
+            "hidden_size": base.hidden_size,
+            "initializer_range": base.initializer_range,
+            "intermediate_size": base.intermediate_size,
+            "max_position_embeddings": base.max_position_embeddings,
+            "num_attention_heads": base.num_attention_heads,
+            "num_hidden_layers": base.num_hidden_layers,
+            "num_key_value_heads": base.num_attention_heads,
+            "rms_norm_eps": self.EPS,
+            "rope_interleave": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": base.rope_parameters["rope_theta"]},
+            "rope_theta": base.rope_parameters["rope_theta"],
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "vocab_size": base.vocab_size,
+            "kv_lora_rank": self.rank,
+            "q_lora_rank": layers[0].q_lora_rank,
+            "qk_nope_head_dim": self.nope_dim,
+            "qk_rope_head_dim": self.rope_dim,
+            "head_dim": self.rope_dim,
+            "v_head_dim": self.v_dim,
+            # Every layer is dense; engines read the expert counts all the same.
+            "first_k_dense_replace": base.num_hidden_layers,
+            "moe_intermediate_size": base.intermediate_size,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 1,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 1,
+            "num_nextn_predict_layers": 0,
+            "routed_scaling_factor": 1.0,
+            "topk_group": 1,
+        }
+        return _json_config(config, self.dtype)
+
+    def attention(self, layer: MLAConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        heads, rank = self.shape.num_heads, layer.kv_lora_rank
+        nope, rope, v = layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim
+        pairs = torch.tensor(self.slots)[:, None] * 2 + torch.arange(2)
+        rope_rows = pairs.flatten()
+
+        scale = self.shape.softmax_scale * math.sqrt(self.nope_dim + self.rope_dim)
+        q_name = "q_proj.weight" if layer.q_lora_rank is None else "q_b_proj.weight"
+        q_in = weights[q_name].double().view(heads, nope + rope, -1) * scale
+        q = q_in.new_zeros(heads, self.nope_dim + self.rope_dim, q_in.shape[-1])
+        q[:, :nope] = q_in[:, :nope]
+        q[:, self.nope_dim + rope_rows] = q_in[:, nope:]
+
+        kv_a_in = weights["kv_a_proj_with_mqa.weight"].double()
+        kv_a = kv_a_in.new_zeros(self.rank + self.rope_dim, kv_a_in.shape[1])
+        kv_a[:rank] = kv_a_in[:rank] * self.NORM_INPUT_SCALE
+        kv_a[self.rank + rope_rows] = kv_a_in[rank:]
+
+        kv_b_in = weights["kv_b_proj.weight"].double().view(heads, nope + v, rank)
+        kv_b = kv_b_in.new_zeros(heads, self.nope_dim + self.v_dim, self.rank)
+        kv_b[:, :nope, :rank] = kv_b_in[:, :nope]
+        kv_b[:, self.nope_dim : self.nope_dim + v, :rank] = kv_b_in[:, nope:]
+        norm_rest = math.sqrt(self.EPS) / self.NORM_INPUT_SCALE / self.NORM_WEIGHT
+        kv_b *= norm_rest
+
+        o_in = weights["o_proj.weight"].double()
+        o = o_in.new_zeros(len(o_in), heads, self.v_dim)
+        o[:, :, :v] = o_in.view(len(o_in), heads, v) * self.residual_scale
+
+        stock = {
+            q_name: q.flatten(0, 1),
+            "kv_a_proj_with_mqa.weight": kv_a,
+            "kv_a_layernorm.weight": torch.full((self.rank,), self.NORM_WEIGHT),
+            "kv_b_proj.weight": kv_b.flatten(0, 1),
+            "o_proj.weight": o.flatten(1),
+        }
+        if layer.q_lora_rank is not None:
+            stock["q_a_proj.weight"] = weights["q_a_proj.weight"].double() * self.NORM_INPUT_SCALE
+            stock["q_a_layernorm.weight"] = torch.full((layer.q_lora_rank,), self.NORM_WEIGHT)
+            stock[q_name] *= norm_rest
+        return stock
+
+    def other(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name == "model.embed_tokens.weight":
+            scaled = {name: tensor * self.residual_scale}
+            if self.base.tie_word_embeddings:
+                scaled["lm_head.weight"] = tensor
+            return scaled
+        return {name: tensor * self.residual_scale if name.endswith(".down_proj.weight") else tensor}
+
+
+def check_stock(names: Iterable[str], config: Mapping[str, Any]) -> None:
+    """UnsupportedModelError for what engines drop or read wrongly in a DeepSeek-V3 checkpoint without saying so."""
+    names = set(names)
+    problems = []
+    if biases := sorted(name for name in names if name.endswith(".bias")):
+        problems.append(f"bias tensors are skipped ({biases[0]}, {len(biases)} in all)")
+    if "lm_head.weight" not in names or config.get("tie_word_embeddings", True):
+        problems.append("a tied head is left uninitialised: write lm_head.weight and tie_word_embeddings=false")
+    if config.get("rope_interleave") is not True:
+        problems.append("RoPE rows are taken to be interleaved: rope_interleave must be true")
+    if (rope_type := config.get("rope_parameters", {}).get("rope_type", "default")) != "default":
+        problems.append(f"{rope_type} RoPE parameters are read as another type")
+    if problems:
+        raise UnsupportedModelError("not a checkpoint that engines read right: " + "; ".join(problems))
+
+
+def _json_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {**config, "dtype": str(dtype).removeprefix("torch.")}

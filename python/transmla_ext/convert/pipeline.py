@@ -1,0 +1,442 @@
+"""convert(): the whole pipeline, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import AutoConfig
+from typing_extensions import Unpack
+
+from ..architectures import AttentionShape, Projections, lookup
+from ..checkpoint import Checkpoint, Staging, check_out_path, open_checkpoint, skeleton, staging
+from ..config import MLAConfig
+from ..errors import CheckpointError
+from ..models import MLAAttention
+from .calibrate import BATCH_TOKENS, LayerStatistics, Original, StatisticsCollector, calibration_tokens, run_layer
+from .export import Export, Format, NativeExport, StockExport, check_stock
+from .layer import MLALayer, build_layer
+from .low_rank import joint_latent, leading_basis
+from .report import ConversionPlan, ConversionReport, LayerReport
+from .rope_split import freqfolds, split_rope
+
+__all__ = ["ConversionOptions", "convert", "plan"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ConversionOptions(TypedDict, total=False):
+    """What convert() and plan() can be told about the result; their docstring explains it."""
+
+    kv_lora_rank: int | Literal["full"]
+    qk_rope_head_dim: int | None
+    q_lora_rank: int | None
+    format: Format
+    method: Literal["transmla"]
+    freqfold: int | Literal["auto"]
+    calibration_tokens: int
+    sequence_length: int
+    dtype: str | None
+    pad_to_engine: bool | None
+
+
+def convert(
+    model_path: str | Path,
+    out_path: str | Path,
+    *,
+    calibration: str | Path | Sequence[str] | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Unpack[ConversionOptions],
+) -> ConversionReport:
+    """Converts a GQA/MHA model to MLA; the output directory appears whole or not at all, a killed run resumes.
+
+    Args:
+        model_path: local directory of config.json and safetensors, or a GGUF file.
+        out_path: directory to write; must be empty or absent unless `overwrite`.
+        calibration: a text file, a list of texts, a `datasets` name, or None for text that comes with Python.
+        device: where to compute.
+        overwrite: replace a non-empty output directory.
+        progress: show progress bars.
+        kv_lora_rank: numbers of the latent per token and layer, default 512; "full" loses nothing (native format only).
+        qk_rope_head_dim: numbers of the shared RoPE key; divides head_dim. Default: 64, or head_dim if that is less.
+        q_lora_rank: also factors the query projection, to this rank; None, the default, leaves it whole.
+        format: "transmla" (default), any shape, for this package and AutoModelForCausalLM after `import transmla_ext`;
+            or "deepseek_v3", which unmodified transformers, vLLM and SGLang load.
+        method: "transmla" (Meng et al., arXiv 2502.07864).
+        freqfold: adjacent RoPE frequencies treated as one; "auto" (default) takes each layer's best on held-out text.
+        calibration_tokens: tokens to calibrate on, default 32768; a further eighth of the text is held out.
+        sequence_length: tokens per calibration sequence, default 512.
+        dtype: of the written weights: "float32", "bfloat16" or "float16"; None, the default, keeps the model's.
+        pad_to_engine: format "deepseek_v3": zero-pad to the shapes that engines' kernels take (512 + 64, heads of 128);
+            None, the default, does so where only the latent and the heads grow.
+    Raises:
+        ValueError: a bad argument; UnsupportedModelError, CheckpointError: a bad model; all before anything is written.
+    """
+    started = time.monotonic()
+    out_path = Path(out_path)
+    job = _Job.prepare(model_path, device=device, **options)
+    check_out_path(out_path, overwrite=overwrite)
+    _check_disk(out_path, job.plan.output_bytes)
+    tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length)
+    with _progress(progress) as bar:
+        _check_weights(job.source, bar)
+        fingerprint = {
+            "version": version("transmla_ext"),
+            "plan": asdict(job.plan),
+            "source": job.source.identity(),
+            "tokens": tokens.digest(),
+        }
+        with staging(out_path, fingerprint, overwrite=overwrite) as stage:
+            report = _solve(job, tokens, stage, bar)
+            _export(job, report, stage, bar)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def plan(model_path: str | Path, **options: Unpack[ConversionOptions]) -> ConversionPlan:
+    """What convert() with these options would do: shapes, cache bytes per token, peak memory. Reads no weight."""
+    return _Job.prepare(model_path, **options).plan
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A validated conversion."""
+
+    source: Checkpoint
+    shape: AttentionShape
+    target: MLAConfig  # shape of every layer; the slots of the first FreqFold candidate
+    freqfolds: list[int]
+    export: Export
+    num_tokens: int
+    sequence_length: int
+    device: torch.device
+    plan: ConversionPlan
+
+    @staticmethod
+    def prepare(
+        model_path: str | Path,
+        *,
+        kv_lora_rank: int | Literal["full"] = 512,
+        qk_rope_head_dim: int | None = None,
+        q_lora_rank: int | None = None,
+        format: Format = "transmla",
+        method: Literal["transmla"] = "transmla",
+        freqfold: int | Literal["auto"] = "auto",
+        calibration_tokens: int = 32768,
+        sequence_length: int = 512,
+        dtype: str | None = None,
+        pad_to_engine: bool | None = None,
+        device: str = "cpu",
+    ) -> _Job:
+        if method != "transmla":
+            raise ValueError(f"method must be 'transmla', got {method!r}")
+        if format not in ("transmla", "deepseek_v3"):
+            raise ValueError(f"format must be 'transmla' or 'deepseek_v3', got {format!r}")
+        if sequence_length < 2 or calibration_tokens < 1:
+            raise ValueError(
+                f"calibration_tokens must be >= 1 and sequence_length >= 2, got {calibration_tokens} and {sequence_length}"
+            )
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        source = open_checkpoint(model_path)
+        architecture = lookup(source.config)
+        _check_shapes(source)
+        if sequence_length > source.config.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length={sequence_length} exceeds the model's {source.config.max_position_embeddings} positions"
+            )
+        shape = architecture.shape(source.config)
+        target, folds = _target(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank, freqfold)
+        out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
+        export: Export = NativeExport(source.config, out_dtype)
+        if format == "deepseek_v3":
+            export = StockExport(source.config, out_dtype, architecture, target, pad_to_engine=pad_to_engine)
+        elif pad_to_engine:
+            raise ValueError("pad_to_engine is for format='deepseek_v3'; the native format is never padded")
+
+        num_layers = source.config.num_hidden_layers
+        num_train = -(-calibration_tokens // sequence_length)
+        num_held_out = max(1, num_train // 8)
+        per_number = num_layers * out_dtype.itemsize
+        job_plan = ConversionPlan(
+            model=Path(model_path).resolve().name,
+            format=format,
+            method=method,
+            dtype=str(out_dtype).removeprefix("torch."),
+            num_layers=num_layers,
+            attention={
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": shape.num_heads,
+                "num_key_value_heads": shape.num_kv_heads,
+                "head_dim": shape.head_dim,
+            },
+            mla={
+                "kv_lora_rank": target.kv_lora_rank,
+                "qk_rope_head_dim": target.qk_rope_head_dim,
+                "qk_nope_head_dim": target.qk_nope_head_dim,
+                "v_head_dim": target.v_head_dim,
+                "q_lora_rank": target.q_lora_rank,
+            },
+            freqfold=folds,
+            calibration_tokens=num_train * sequence_length,
+            held_out_tokens=num_held_out * sequence_length,
+            cache_bytes_before=shape.cache_dim * per_number,
+            cache_bytes_after=export.cache_dim(target) * per_number,
+            output_bytes=_output_bytes(export, target, num_layers),
+            peak_memory_bytes=_peak_memory(source, shape, (num_train + 2 * num_held_out) * sequence_length),
+        )
+        return _Job(
+            source, shape, target, folds, export, calibration_tokens, sequence_length, torch.device(device), job_plan
+        )
+
+
+def _target(
+    shape: AttentionShape,
+    kv_lora_rank: int | Literal["full"],
+    qk_rope_head_dim: int | None,
+    q_lora_rank: int | None,
+    freqfold: int | Literal["auto"],
+) -> tuple[MLAConfig, list[int]]:
+    """The converted layers' shape and the FreqFold candidates, or ValueError for a shape that cannot be."""
+    if kv_lora_rank == "full":
+        if qk_rope_head_dim not in (None, shape.kv_dim):
+            raise ValueError(
+                f"kv_lora_rank='full' keeps RoPE on all {shape.kv_dim} key numbers; leave qk_rope_head_dim out, "
+                f"got {qk_rope_head_dim}"
+            )
+        rank, rope = shape.kv_dim, shape.kv_dim
+    else:
+        rank, rope = kv_lora_rank, qk_rope_head_dim or min(64, shape.head_dim)
+        if rope < 8 or rope % 8 or shape.head_dim % rope:
+            raise ValueError(
+                f"qk_rope_head_dim must be a multiple of 8 that divides head_dim={shape.head_dim}, got {rope}"
+            )
+        most = shape.cache_dim - rope
+        if not 8 <= rank <= most or rank % 8:
+            raise ValueError(f"kv_lora_rank must be a multiple of 8 from 8 to {most} (nothing lost), got {rank}")
+    if q_lora_rank is not None and not 8 <= q_lora_rank <= min(shape.hidden_size, shape.num_heads * shape.head_dim):
+        raise ValueError(f"q_lora_rank must be from 8 to {shape.hidden_size}, got {q_lora_rank}")
+    folds = freqfolds(shape, rope)
+    if freqfold != "auto":
+        if freqfold not in folds:
+            raise ValueError(f"freqfold must be 'auto' or one of {', '.join(map(str, folds))}, got {freqfold}")
+        folds = [freqfold]
+    identity = torch.eye(2 * shape.kv_dim, dtype=torch.float64)
+    split = split_rope(identity, shape, rope, folds[0])
+    target = MLAConfig(
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope,
+        qk_nope_head_dim=shape.head_dim if len(split.dropped) else 0,
+        v_head_dim=shape.head_dim,
+        rope_slots=split.rope_slots,
+        q_lora_rank=q_lora_rank,
+    )
+    return target, folds
+
+
+def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) -> ConversionReport:
+    """Converts the attention layers one after the other; each one done is in the staging directory."""
+    original = Original(job.source, lookup(job.source.config), job.device)
+    rope = original.rope(job.sequence_length)
+    train, held_out = original.stream(tokens.train), original.stream(tokens.held_out)
+    converted = list(held_out)  # the held-out text on its way through the layers converted so far
+    reports = []
+    for index in bar.track(range(job.plan.num_layers), description="Converting layers"):
+        layer = original.layer(index)
+        attention = layer.get_submodule("self_attn")
+        if stage.has(_layer_json(index)):
+            run_layer(layer, train, rope)
+            run_layer(layer, held_out, rope)
+        else:
+            collector = StatisticsCollector(
+                original.architecture, attention, queries=job.target.q_lora_rank is not None
+            )
+            run_layer(layer, train, rope, collector)
+            probe: list[tuple[Tensor, Tensor]] = []
+            run_layer(layer, held_out, rope, lambda x, y, probe=probe: probe.append((x, y)))
+            weights = original.architecture.projections(attention)
+            mla, report = _convert_layer(job, weights, collector.statistics(), probe, rope)
+            stage.write_tensors(_layer_tensors(index), mla.weights)
+            stage.write_json(_layer_json(index), {"config": mla.config.to_dict(), "report": asdict(report)})
+        mla, report = _read_layer(stage, index)
+        reports.append(report)
+        layer.register_module("self_attn", _attention(job, mla))
+        run_layer(layer, converted, rope)
+        layer.register_module("self_attn", attention)
+        original.unload(index)
+    before, after = original.negative_log_likelihood([held_out, converted], tokens.held_out)
+    return ConversionReport(
+        plan=job.plan, layers=reports, perplexity_before=math.exp(before), perplexity_after=math.exp(after)
+    )
+
+
+def _convert_layer(
+    job: _Job,
+    weights: Projections,
+    statistics: LayerStatistics,
+    probe: list[tuple[Tensor, Tensor]],
+    rope: tuple[Tensor, Tensor],
+) -> tuple[MLALayer, LayerReport]:
+    """The layer with the FreqFold whose attention output comes closest to the original's on the probe (input, output)."""
+    target, best = job.target, None
+    q_basis = None
+    if target.q_lora_rank is not None and statistics.q is not None:
+        q_basis, _ = leading_basis(statistics.q, target.q_lora_rank)
+    for freqfold in job.freqfolds:
+        split = split_rope(statistics.kv, job.shape, target.qk_rope_head_dim, freqfold)
+        nope_rows = split.dropped_rows().flatten(1)
+        latent = joint_latent(statistics.kv, nope_rows, target.kv_lora_rank)
+        mla = build_layer(weights, job.shape, split, latent, q_basis)
+        report = LayerReport(
+            freqfold=freqfold,
+            rope_energy=split.energy,
+            latent_energy=latent.energy,
+            attention_error=_attention_error(_attention(job, mla), probe, rope),
+        )
+        if best is None or report.attention_error < best[1].attention_error:
+            best = mla, report
+    assert best is not None  # freqfolds() names at least one
+    return best
+
+
+def _attention(job: _Job, layer: MLALayer) -> MLAAttention:
+    attention = MLAAttention(job.source.config, layer.config, layer_idx=0)
+    attention.load_state_dict(layer.weights, assign=True)
+    return attention.to(job.device).requires_grad_(False).eval()
+
+
+def _attention_error(attention: MLAAttention, probe: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor]) -> float:
+    """‖attention(input) − output‖² / ‖output‖² over the probe's (input, output) pairs."""
+    error = energy = 0.0
+    with torch.inference_mode():
+        for x, y in probe:
+            actual, _ = attention(hidden_states=x, position_embeddings=rope, attention_mask=None)
+            error += (actual - y).double().square().sum().item()
+            energy += y.double().square().sum().item()
+    return error / energy
+
+
+def _layer_tensors(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def _layer_json(index: int) -> str:
+    return f"layer-{index:05d}.json"
+
+
+def _read_layer(stage: Staging, index: int) -> tuple[MLALayer, LayerReport]:
+    saved = stage.read_json(_layer_json(index))
+    layer = MLALayer(MLAConfig(**saved["config"]), stage.read_tensors(_layer_tensors(index)))
+    return layer, LayerReport(**saved["report"])
+
+
+def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) -> None:
+    """Writes the model from the original's other tensors and the staged layers; config.json comes last."""
+    source, export = job.source, job.export
+    layers = [_read_layer(stage, index)[0] for index in range(job.plan.num_layers)]
+    groups = _tensor_groups(source, job.plan.num_layers)
+    weight_map, total_size = {}, 0
+    for number, (index, names) in enumerate(bar.track(groups, description="Writing"), start=1):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= export.other(name, source.tensor(name))
+        if index is not None:
+            layer = layers[index]
+            for name, tensor in export.attention(layer.config, layer.weights).items():
+                tensors[f"model.layers.{index}.self_attn.{name}"] = tensor
+        tensors = {name: tensor.to(job.export.dtype) for name, tensor in tensors.items()}
+        shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        stage.write_tensors(shard, tensors)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+
+    config = export.config([layer.config for layer in layers])
+    if job.plan.format == "deepseek_v3":
+        check_stock(weight_map, config)
+    stage.write_json("model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    source.tokenizer().save_pretrained(stage.path)
+    stage.write_json("conversion_report.json", report.to_dict())
+    (stage.path / "conversion_report.txt").write_text(str(report))
+    report.save_picture(stage.path / "conversion_report.png")
+    stage.remove("layer-*")
+    stage.write_json("config.json", config)
+
+
+def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None, list[str]]]:
+    """The original's tensors by output shard, attention left out: (None, those of no layer), then (layer, its own)."""
+    names = [name for name, _ in skeleton(source.config).named_parameters()]
+    groups: list[tuple[int | None, list[str]]] = [
+        (None, [name for name in names if not name.startswith("model.layers.")])
+    ]
+    for index in range(num_layers):
+        prefix = f"model.layers.{index}."
+        own = [name for name in names if name.startswith(prefix) and not name.startswith(prefix + "self_attn.")]
+        groups.append((index, own))
+    return groups
+
+
+def _check_shapes(source: Checkpoint) -> None:
+    """CheckpointError unless the files hold exactly the tensors that config.json asks for."""
+    expected = {name: tuple(parameter.shape) for name, parameter in skeleton(source.config).named_parameters()}
+    for name, shape in expected.items():
+        if name not in source.shapes:
+            raise CheckpointError(f"{source.path} has no tensor {name}, which its config.json asks for")
+        if source.shapes[name] != shape:
+            raise CheckpointError(
+                f"{source.path}: {name} is {list(source.shapes[name])}, but config.json asks for {list(shape)}"
+            )
+    # A tied head may be stored all the same, and old checkpoints carry RoPE's constants.
+    extra = [n for n in source.shapes if n not in expected and n != "lm_head.weight" and not n.endswith(".inv_freq")]
+    if extra:
+        raise CheckpointError(f"{source.path} holds tensors its config.json has no place for: {', '.join(extra[:3])}")
+
+
+def _check_weights(source: Checkpoint, bar: Progress) -> None:
+    """CheckpointError if a weight is NaN or infinite: found now, not hours later."""
+    for name in bar.track(list(source.shapes), description="Checking weights"):
+        if not source.tensor(name).isfinite().all():
+            raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; download the model again")
+
+
+def _output_bytes(export: Export, target: MLAConfig, num_layers: int) -> int:
+    config = AutoConfig.for_model(**export.config([target] * num_layers))
+    return sum(parameter.numel() for parameter in skeleton(config).parameters()) * export.dtype.itemsize
+
+
+def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int) -> int:
+    """Estimate: the libraries, the streams, and the larger of (one layer being converted, the output head)."""
+    sizes = {name: math.prod(dims) for name, dims in source.shapes.items()}
+    largest_layer = sum(n for name, n in sizes.items() if name.startswith("model.layers.0."))
+    embedding = sizes["model.embed_tokens.weight"]
+    widest = max(dims[0] for name, dims in source.shapes.items() if name.startswith("model.layers.0."))
+    streams = num_tokens * shape.hidden_size
+    converting = 2 * largest_layer + 8 * shape.cache_dim**2 * 2 + 4 * BATCH_TOKENS * (widest + 2 * shape.hidden_size)
+    vocabulary = embedding + 3 * 512 * source.config.vocab_size
+    return 600_000_000 + 4 * (streams + max(converting, vocabulary))
+
+
+def _check_disk(out_path: Path, output_bytes: int) -> None:
+    parent = next(path for path in out_path.resolve().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < output_bytes:
+        raise ValueError(
+            f"the disk of {parent} has {free / 1e9:.2f} GB free, the output needs {output_bytes / 1e9:.2f} GB; free some space"
+        )
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not show) as bar:
+        yield bar

@@ -1,6 +1,9 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "merge_attn_states.h"
+#include "mla_decode.h"
 
 namespace transmla {
 namespace {
@@ -15,7 +18,32 @@ ParallelFor torch_pool() {
       nullptr, static_cast<int>(torch::stable::get_num_threads())};
 }
 
+template <class Params>
+void run_in_workspace(Params params, size_t (*workspace_size)(const Params&, int),
+                      void (*kernel)(const Params&, const ParallelFor&)) {
+  const ParallelFor pool = torch_pool();
+  const auto size = static_cast<int64_t>(workspace_size(params, pool.num_threads));
+  const Tensor workspace = torch::stable::empty({size}, ScalarType::Byte);
+  params.workspace = workspace.mutable_data_ptr();
+  kernel(params, pool);
+}
+
 struct Cpu {
+  static constexpr bool kOnHost = true;
+
+  static void launch(MlaDecodeParams params, const Tensor&) {
+    if (params.num_splits == 0) {
+      index_t max_seqlen = 0;
+      for (index_t b = 0; b < params.batch_size; ++b) {
+        max_seqlen = std::max<index_t>(max_seqlen, params.cache_seqlens[b]);
+      }
+      params.num_splits =
+          plan_splits(params.batch_size, params.seqlen_q * params.num_heads, max_seqlen,
+                      static_cast<int>(torch::stable::get_num_threads()));
+    }
+    run_in_workspace(params, mla_decode_cpu_workspace_size, mla_decode_cpu);
+  }
+
   static void launch(const MergeAttnStatesParams& params, const Tensor&) {
     merge_attn_states_cpu(params, torch_pool());
   }
@@ -26,5 +54,6 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(transmla, CPU, m) {
   using namespace transmla;
+  m.impl("mla_decode", TORCH_BOX(&mla_decode<Cpu>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cpu>));
 }

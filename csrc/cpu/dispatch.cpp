@@ -26,6 +26,22 @@ ParallelFor serial() {
           nullptr, 1};
 }
 
+const char* mla_decode_unsupported(const MlaDecodeParams& params) {
+  if (params.kv_lora_rank <= 0 || params.kv_lora_rank % 16 != 0) {
+    return "kv_lora_rank must be a positive multiple of 16";
+  }
+  if (params.qk_rope_head_dim % 16 != 0) return "qk_rope_head_dim must be a multiple of 16";
+  return nullptr;
+}
+
+size_t mla_decode_cpu_workspace_size(const MlaDecodeParams& params, int num_threads) {
+  TRANSMLA_DISPATCH(mla_decode_cpu_workspace_size(params, num_threads));
+}
+
+void mla_decode_cpu(const MlaDecodeParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(mla_decode_cpu(params, parallel_for));
+}
+
 void merge_attn_states_cpu(const MergeAttnStatesParams& params, const ParallelFor& parallel_for) {
   TRANSMLA_DISPATCH(merge_attn_states_cpu(params, parallel_for));
 }

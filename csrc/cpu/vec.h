@@ -43,6 +43,7 @@ struct Float16 {
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+// NaN in b comes through, NaN in a does not.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline index_t min(index_t a, index_t b) { return a < b ? a : b; }
@@ -133,7 +134,7 @@ inline void store_first(T* p, Vec v, index_t n) {
 
 // 2^x: relative error below 2e-7; 0 below -126, and for -inf.
 inline Vec exp2(Vec x) {
-  const Vec clamped = max(min(x, broadcast(127.0f)), broadcast(-127.0f));
+  const Vec clamped = max(broadcast(-127.0f), min(broadcast(127.0f), x));
   const Vec shifted = clamped + 0x1.8p23f;  // the sum's last bits are the nearest integer
   const Vec f = clamped - (shifted - 0x1.8p23f);
   Vec p = broadcast(1.535336188319500e-4f);
@@ -145,6 +146,20 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, broadcast(1.0f));
   const Vec scale = (Vec)((((UVec)shifted) + 127) << 23);
   return select(x < -126.0f, Vec{}, p * scale);
+}
+
+// Relative error below 3e-7.
+inline Vec tanh(Vec x) {
+  const Vec magnitude = (Vec)((UVec)x & 0x7fffffff);
+  const Vec large = 1.0f - 2.0f / (exp2(magnitude * 2.885390081777927f) + 1.0f);
+  const Vec z = x * x;
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = fma(p, z, broadcast(2.06390887954e-2f));
+  p = fma(p, z, broadcast(-5.37397155531e-2f));
+  p = fma(p, z, broadcast(1.33314422036e-1f));
+  p = fma(p, z, broadcast(-3.33332819422e-1f));
+  const Vec small = fma(p * z, x, x);
+  return select(magnitude < 0.625f, small, (Vec)((UVec)large | ((UVec)x & 0x80000000)));
 }
 
 // The kernel's body for the dtype of its tensors: call(T{}) with T float, BFloat16 or Float16.

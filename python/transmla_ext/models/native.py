@@ -1,0 +1,73 @@
+"""Native model classes: transformers' own, each attention replaced by MLAAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..config import MLAConfig
+from ..errors import UnsupportedModelError
+from . import SUPPORTED
+from .attention import MLAAttention
+
+__all__ = ["native_classes", "native_config"]
+
+
+def native_config(base_config: PreTrainedConfig, layers: Sequence[MLAConfig]) -> PreTrainedConfig:
+    """The config of base_config's model with MLA attention: every field of it, and the shape of each layer."""
+    config_class, model_class = native_classes(base_config.model_type)
+    fields = base_config.to_dict()
+    for field in ("model_type", "transformers_version"):
+        fields.pop(field, None)
+    fields |= {"mla": [layer.to_dict() for layer in layers], "architectures": [model_class.__name__]}
+    return config_class(**fields)
+
+
+@cache
+def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Config and causal language model of a base family's native form, registered with transformers' auto classes."""
+    if base_model_type not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"model type {base_model_type!r} has no native MLA form; supported are {', '.join(SUPPORTED)}"
+        )
+    base_config: Any = CONFIG_MAPPING[base_model_type]
+    base_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+
+    class NativeConfig(base_config):  # type: ignore[misc]
+        model_type = f"transmla_{base_model_type}"
+        # Tensor parallelism would split heads that share one latent.
+        base_model_tp_plan: ClassVar = {k: v for k, v in base_config.base_model_tp_plan.items() if ".self_attn." not in k}
+        mla: list[dict[str, Any]] | None = None  # MLAConfig.to_dict() of each layer
+
+    class NativeModel(base_model):  # type: ignore[misc]
+        config_class = NativeConfig
+
+        def __init__(self, config: Any) -> None:
+            if len(config.mla or ()) != config.num_hidden_layers:
+                raise ValueError(
+                    f"{type(config).__name__}: mla must hold one entry for each of {config.num_hidden_layers} layers, "
+                    f"got {len(config.mla or ())}"
+                )
+            super().__init__(config)
+            for layer_idx, (layer, fields) in enumerate(zip(self.model.layers, config.mla, strict=True)):
+                layer.self_attn = MLAAttention(config, MLAConfig(**fields), layer_idx)
+            self.post_init()
+
+    for native_class, base_class in ((NativeConfig, base_config), (NativeModel, base_model)):
+        native_class.__name__ = native_class.__qualname__ = f"TransMLA{base_class.__name__}"
+        native_class.__module__ = __package__  # which pickle can import it from
+    AutoModelForCausalLM.register(NativeConfig, NativeModel)
+    return NativeConfig, NativeModel
+
+
+def __getattr__(name: str) -> Any:
+    for base in SUPPORTED:
+        for native_class in native_classes(base):
+            if native_class.__name__ == name:
+                return native_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,359 @@
+"""An MLA language model over a paged latent cache: load, prefill, decode, generate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import MLAConfig
+from ..errors import CheckpointError, UnsupportedModelError
+from ..models import SUPPORTED
+from .attention import PagedAttention, Piece, Step, aligned
+from .cache import CachedSequence, PagedLatentCache
+from .generate import Generation, Request, Sampling, TextStream, run
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["MLAModel", "load"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    max_tokens: int | None = None,
+    block_size: int = 64,
+) -> MLAModel:
+    """A converted checkpoint of either format, or any stock deepseek_v3 one, ready to generate.
+
+    Args:
+        path: local directory with config.json and safetensors files.
+        dtype: bf16, fp16 or fp32, or the name of one; None takes the checkpoint's.
+        device: where weights and cache live.
+        max_tokens: limit of the cache, all sequences together; None allows half of the device's memory.
+        block_size: tokens per page of the cache.
+    Raises:
+        TransMLAError: no MLA checkpoint, or not a whole one.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    path = Path(path)
+    _check_checkpoint(path)
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    # transformers would fill what is missing with random numbers, and drop what it has no place for.
+    for problem in ("missing_keys", "unexpected_keys"):
+        if info[problem]:
+            raise CheckpointError(f"{path}: {problem.replace('_', ' ')}: {', '.join(sorted(info[problem]))}")
+    return MLAModel(model.to(device), tokenizer=_load_tokenizer(path), max_tokens=max_tokens, block_size=block_size)
+
+
+def _check_checkpoint(path: Path) -> None:
+    if path.suffix == ".partial":
+        raise CheckpointError(f"{path} is an unfinished conversion: run the same `transmla convert` again, it goes on")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json: expected the directory of a finished conversion")
+    model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    if model_type not in ("deepseek_v3", *(f"transmla_{base}" for base in SUPPORTED)):
+        raise UnsupportedModelError(
+            f"{path}: model type {model_type!r} has no latent attention; convert it first: transmla convert {path} OUT"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} has no safetensors files; pickles are not read")
+
+
+def _load_tokenizer(path: Path) -> Any:
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+class MLAModel:
+    """A language model with latent attention over a paged cache; not thread-safe.
+
+    Args:
+        model: native, or transformers' DeepseekV3ForCausalLM; taken over: its attention modules are replaced.
+        tokenizer: of transformers; without one prompts are token ids and generations have no text.
+        max_tokens, block_size: of the cache, as in ``load``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, tokenizer: Any = None, max_tokens: int | None = None, block_size: int = 64
+    ) -> None:
+        if model.dtype not in _DTYPES:
+            raise UnsupportedModelError(f"weights must be one of {', '.join(map(str, _DTYPES))}, got {model.dtype}")
+        shapes = [aligned(shape) for shape in _layer_shapes(model.config)]
+        model.eval().requires_grad_(False)
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.max_position_embeddings = int(model.config.max_position_embeddings)
+        self.cache = PagedLatentCache(
+            [shape.cache_dim for shape in shapes],
+            dtype=model.dtype,
+            device=model.device,
+            block_size=block_size,
+            max_tokens=max_tokens,
+        )
+        for layer_idx, (layer, shape) in enumerate(zip(model.model.layers, shapes, strict=True)):
+            layer.self_attn = PagedAttention(layer.self_attn, shape, layer_idx)
+        self._decoder = model.model
+        self._lm_head = model.lm_head
+        self._rope_slots = [shape.rope_slots for shape in shapes]
+        self._cos_sin: list[Tensor] = []
+        eos = model.generation_config.eos_token_id
+        self._eos = frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights and the cache."""
+        device: torch.device = self._lm_head.weight.device
+        return device
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sequences: Sequence[CachedSequence] | None = None,
+        chunk_size: int = 2048,
+    ) -> tuple[Tensor, list[CachedSequence]]:
+        """Logits [batch_size, vocab_size] after the last token of each prompt, and the sequences' handles.
+
+        Args:
+            prompts: token ids, at least one each.
+            sequences: handles of sequences that the prompts go on; None begins new ones.
+            chunk_size: tokens per forward pass, which bounds memory; the logits do not depend on it.
+        Raises:
+            CacheFullError: more pages wanted than are free; nothing was changed.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        handles = [CachedSequence() for _ in prompts] if sequences is None else list(sequences)
+        self._check(prompts, handles)
+        self.cache.reserve(handles, [len(prompt) for prompt in prompts])
+        try:
+            last_hidden = [torch.empty(0)] * len(prompts)
+            for chunk in _chunks([len(prompt) for prompt in prompts], chunk_size):
+                hidden = self._forward([prompts[i][span] for i, span in chunk], [handles[i] for i, _ in chunk])
+                for (i, _), piece in zip(chunk, hidden, strict=True):
+                    last_hidden[i] = piece[-1]
+            return self._logits(torch.stack(last_hidden)), handles
+        except BaseException:
+            if sequences is None:
+                self.free(handles)
+            raise
+
+    @torch.inference_mode()
+    def decode(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
+        """Logits [batch_size, vocab_size] after one more token of each sequence.
+
+        Raises:
+            CacheFullError: more pages wanted than are free; nothing was changed.
+        """
+        prompts = [[token] for token in tokens]
+        self._check(prompts, sequences)
+        return self._logits(torch.cat(self._forward(prompts, sequences)))
+
+    def free(self, sequences: Iterable[CachedSequence]) -> None:
+        """Gives the pages of sequences back; their handles cannot be used again."""
+        self.cache.free(sequences)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Collection[int] | None = None,
+    ) -> list[Generation]:
+        """Continuations of a ragged batch of prompts, each as if it were alone.
+
+        Args:
+            prompts: texts or token ids.
+            max_new_tokens: at most so many each; fewer where the model runs out of positions.
+            temperature: 0 is greedy.
+            top_k: draw from the likeliest top_k tokens; 0 is off.
+            top_p: draw from the likeliest tokens that reach this probability together; 1 is off.
+            seed: prompt i is drawn with seed + i; None takes one from torch's global generator.
+            stop: texts that end a generation, cut off with what follows; needs a tokenizer.
+            eos: token ids that end a generation; None takes the checkpoint's, () has none.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        requests = [self._request(prompt, stop) for prompt in prompts]
+        for _ in run(self, requests, sampling, seed, self._eos_ids(eos), max_new_tokens):
+            pass
+        return [
+            Generation(
+                tokens=request.tokens,
+                text=None if request.text is None else request.text.text,
+                finish_reason=request.finish_reason or "length",
+            )
+            for request in requests
+        ]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Collection[int] | None = None,
+    ) -> Iterator[str]:
+        """The text of ``generate([prompt], ...)`` in pieces, each as soon as it can no longer change."""
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        request = self._request(prompt, stop)
+        if request.text is None:
+            raise ValueError("stream needs a tokenizer, and the checkpoint has none")
+        with closing(run(self, [request], sampling, seed, self._eos_ids(eos), max_new_tokens)) as steps:
+            for _ in steps:
+                if piece := request.text.take(final=request.finish_reason is not None):
+                    yield piece
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of {"role": ..., "content": ...} messages in the checkpoint's chat template, up to the answer."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError("the checkpoint has no chat template")
+        encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def _request(self, prompt: str | Sequence[int], stop: str | Sequence[str]) -> Request:
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        if self.tokenizer is None and (stop or isinstance(prompt, str)):
+            raise ValueError("text prompts and stop strings need a tokenizer, and the checkpoint has none")
+        tokens = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens, stop)
+        return Request(tokens, text)
+
+    def _eos_ids(self, eos: int | Collection[int] | None) -> Collection[int]:
+        if eos is None:
+            return self._eos
+        return {eos} if isinstance(eos, int) else set(eos)
+
+    def _check(self, prompts: Sequence[Sequence[int]], sequences: Sequence[CachedSequence]) -> None:
+        if not prompts or len(prompts) != len(sequences):
+            raise ValueError(
+                f"as many prompts or tokens as sequences, and at least one: got {len(prompts)}, {len(sequences)}"
+            )
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            if not prompt:
+                raise ValueError("a prompt is empty")
+            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids must be in [0, {self.config.vocab_size}), got {min(prompt)} .. {max(prompt)}"
+                )
+            if sequence.length + len(prompt) > self.max_position_embeddings:
+                raise ValueError(
+                    f"{sequence.length + len(prompt)} tokens in a sequence, but the model has "
+                    f"{self.max_position_embeddings} positions"
+                )
+
+    def _forward(self, prompts: Sequence[Sequence[int]], sequences: Sequence[CachedSequence]) -> list[Tensor]:
+        """Hidden states of each sequence's new tokens, [num_new, hidden_size], before the final norm."""
+        num_new = [len(prompt) for prompt in prompts]
+        tables = self.cache.append(sequences, num_new)
+        cos_sin = self._rope_tables(max(sequence.length for sequence in sequences))
+        pieces = self._pieces(sequences, num_new, tables.block_table) if max(num_new) > 1 else None
+        step = Step(tables, pieces, self.cache.layers, cos_sin)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        hidden = self._decoder.embed_tokens(tokens).unsqueeze(0)
+        for layer in self._decoder.layers:
+            hidden = layer(hidden, step=step)
+        return list(hidden[0].split(num_new))
+
+    def _pieces(self, sequences: Sequence[CachedSequence], num_new: Sequence[int], block_table: Tensor) -> list[Piece]:
+        pieces = []
+        start = 0
+        for sequence, num, blocks in zip(sequences, num_new, block_table, strict=True):
+            seqlen = sequence.length
+            # Row i of the new tokens sees the seqlen - num tokens before them and i + 1 of them.
+            mask = (
+                torch.ones(num, seqlen, dtype=torch.bool, device=self.device).tril(seqlen - num)
+                if num < seqlen
+                else None
+            )
+            pieces.append(Piece(slice(start, start + num), seqlen, blocks[: -(-seqlen // self.cache.block_size)], mask))
+            start += num
+        return pieces
+
+    def _rope_tables(self, num_positions: int) -> list[Tensor]:
+        """Cosines and sines of every layer's slots, for at least so many positions."""
+        if not self._cos_sin or num_positions > self._cos_sin[0].size(0):
+            rows = min(max(2 * num_positions, 4096), self.max_position_embeddings)
+            fp32 = torch.zeros((), device=self.device)
+            cos, sin = self._decoder.rotary_emb(fp32, torch.arange(rows, device=self.device).unsqueeze(0))
+            tables = {slots: torch.cat((cos[0][:, slots], sin[0][:, slots]), dim=-1) for slots in set(self._rope_slots)}
+            self._cos_sin = [tables[slots] for slots in self._rope_slots]
+        return self._cos_sin
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._lm_head(self._decoder.norm(hidden))
+        return logits
+
+
+def _layer_shapes(config: PretrainedConfig) -> list[MLAConfig]:
+    if config.rope_parameters.get("rope_type") == "longrope":
+        raise UnsupportedModelError("longrope is not supported: its frequencies change with the length of the text")
+    if config.model_type != "deepseek_v3":
+        return [MLAConfig(**fields) for fields in config.mla]
+    if config.attention_bias or not config.rope_interleave:
+        raise UnsupportedModelError("deepseek_v3 with attention_bias or without rope_interleave is not supported")
+    if config.kv_lora_rank % 16:
+        raise UnsupportedModelError(f"deepseek_v3 with kv_lora_rank={config.kv_lora_rank}, not a multiple of 16")
+    shape = MLAConfig(
+        kv_lora_rank=config.kv_lora_rank,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        v_head_dim=config.v_head_dim,
+        q_lora_rank=config.q_lora_rank,
+        rope_slots=tuple(range(config.qk_rope_head_dim // 2)),
+    )
+    return [shape] * config.num_hidden_layers
+
+
+def _chunks(lengths: Sequence[int], chunk_size: int) -> Iterator[list[tuple[int, slice]]]:
+    """Prompts cut and packed, in order: (prompt, span of its tokens) of at most chunk_size tokens together."""
+    chunk: list[tuple[int, slice]] = []
+    room = chunk_size
+    for i, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            chunk.append((i, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield chunk
+                chunk, room = [], chunk_size
+    if chunk:
+        yield chunk

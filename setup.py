@@ -51,6 +51,9 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        # Installing writes over a file; unlinked first, the old one stays whole for a process that has it mapped.
+        for library in package.glob("*.so"):
+            library.unlink()
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
 
 

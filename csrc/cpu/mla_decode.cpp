@@ -19,7 +19,7 @@ constexpr int kValueVecs = kVecBytes == 64 ? 4 : 2;
 constexpr index_t kPanelRows = kScoreVecs * kVecSize;
 constexpr index_t kMinWorkPerWorker = 1 << 17;  // multiply-adds; less is not worth waking a thread
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
 
 index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
@@ -222,14 +222,15 @@ class Item {
       for (index_t c = 0; c < p_.kv_lora_rank; c += kVecSize) {
         store(out + r * p_.kv_lora_rank + c, load(sums + c) * scale);
       }
-      lse[lse_index(first_row_ + r)] = empty ? -INFINITY : (s_.top[r] + log2f(s_.total[r])) * kLn2;
+      lse[lse_index(first_row_ + r)] = empty ? -INFINITY : fmaf(s_.top[r], kLn2, logf(s_.total[r]));
     }
   }
 
  private:
   // Scores in units of log2 without a softcap, and of the softcap with one.
   void pack_queries() {
-    const float scale = p_.softmax_scale * (p_.softcap > 0 ? 1 / p_.softcap : kLog2E);
+    const double unit = p_.softcap > 0 ? 1.0 / p_.softcap : kLog2E;
+    const float scale = static_cast<float>(p_.softmax_scale * unit);
     for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
       const index_t panel = r / kPanelRows;
       const index_t width = min(kPanelRows, num_vecs_ * kVecSize - panel * kPanelRows);
@@ -291,7 +292,7 @@ class Item {
   void softmax(index_t row, index_t begin, index_t num_tokens, bool masked) {
     float* scores = s_.scores + row;
     if (p_.softcap > 0) {
-      const float cap = p_.softcap * kLog2E;
+      const float cap = static_cast<float>(p_.softcap * kLog2E);
       for (index_t t = 0; t < num_tokens; ++t) {
         store(scores + t * kRows, tanh(load(scores + t * kRows)) * cap);
       }

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import family
 from .errors import CheckpointError
@@ -158,12 +158,12 @@ class _GgufCheckpoint(Checkpoint):
         return [_stat(self.path)]
 
 
-def skeleton(config: PretrainedConfig) -> torch.nn.Module:
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model transformers builds from a config, without memory behind its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 

@@ -115,12 +115,15 @@ def generate(
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
 ) -> None:
     """Continue a prompt with a converted model, on this package's kernels."""
+    import torch
+
     from .runtime import load
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = load(model, dtype=dtype.value if dtype else None, device=device)
+    engine = load(model, dtype=getattr(torch, dtype.value) if dtype else None, device=device)
     if chat:
-        text = engine.chat_prompt([{"role": "user", "content": text}])
+        messages = [{"role": "user", "content": text}]
+        text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for piece in engine.stream(
         text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     ):

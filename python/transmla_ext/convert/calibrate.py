@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint, skeleton
 
 __all__ = [
     "BATCH_TOKENS",
+    "AttentionIO",
     "CalibrationTokens",
     "LayerStatistics",
     "Original",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 Stream = list[Tensor]  # hidden states of all sequences, in batches [batch_size, sequence_length, hidden_size]
-Observer = Callable[[Tensor, Tensor], None]  # called with an attention layer's input and output
+AttentionIO = tuple[Tensor, Tensor]  # an attention layer's input and output, [batch_size, sequence_length, hidden_size]
 
 BATCH_TOKENS = 2048  # one batch's activations stay in tens of megabytes, and GEMMs are large enough
 
@@ -172,12 +173,14 @@ class Original:
         module.to("meta")
 
 
-def run_layer(layer: nn.Module, stream: Stream, rope: tuple[Tensor, Tensor], observe: Observer | None = None) -> None:
-    """Sends a stream through a decoder layer, in place; `observe` sees the attention's input and output of each batch."""
+def run_layer(
+    layer: nn.Module, stream: Stream, rope: tuple[Tensor, Tensor], observe: Callable[[AttentionIO], None] | None = None
+) -> None:
+    """Sends a stream through a decoder layer, in place; `observe` gets the attention's of each batch."""
 
     def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Tensor], output: tuple[Tensor, ...]) -> None:
         if observe is not None:
-            observe(kwargs["hidden_states"], output[0])
+            observe((kwargs["hidden_states"], output[0]))
 
     handle = layer.get_submodule("self_attn").register_forward_hook(hook, with_kwargs=True)
     with torch.inference_mode():
@@ -197,8 +200,8 @@ class StatisticsCollector:
         self._q = None if self._w_q is None else _zero_covariance(self._w_q)
         self._num_tokens = 0
 
-    def __call__(self, attention_input: Tensor, _output: Tensor) -> None:
-        x = attention_input.flatten(0, 1)
+    def __call__(self, io: AttentionIO) -> None:
+        x = io[0].flatten(0, 1)
         self._num_tokens += len(x)
         ops.covariance_add_(self._kv, F.linear(x, self._w_kv)[:, None])
         if self._w_q is not None and self._q is not None:

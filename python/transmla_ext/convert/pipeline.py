@@ -23,12 +23,21 @@ from ..checkpoint import Checkpoint, Staging, check_out_path, open_checkpoint, s
 from ..config import MLAConfig
 from ..errors import CheckpointError
 from ..models import MLAAttention
-from .calibrate import BATCH_TOKENS, LayerStatistics, Original, StatisticsCollector, calibration_tokens, run_layer
+from .calibrate import (
+    BATCH_TOKENS,
+    AttentionIO,
+    CalibrationTokens,
+    LayerStatistics,
+    Original,
+    StatisticsCollector,
+    calibration_tokens,
+    run_layer,
+)
 from .export import Export, Format, NativeExport, StockExport, check_stock
 from .layer import MLALayer, build_layer
 from .low_rank import joint_latent, leading_basis
 from .report import ConversionPlan, ConversionReport, LayerReport
-from .rope_split import freqfolds, split_rope
+from .rope_split import freqfolds, rope_slots, split_rope
 
 __all__ = ["ConversionOptions", "convert", "plan"]
 
@@ -232,14 +241,12 @@ def _target(
         if freqfold not in folds:
             raise ValueError(f"freqfold must be 'auto' or one of {', '.join(map(str, folds))}, got {freqfold}")
         folds = [freqfold]
-    identity = torch.eye(2 * shape.kv_dim, dtype=torch.float64)
-    split = split_rope(identity, shape, rope, folds[0])
     target = MLAConfig(
         kv_lora_rank=rank,
         qk_rope_head_dim=rope,
-        qk_nope_head_dim=shape.head_dim if len(split.dropped) else 0,
+        qk_nope_head_dim=shape.head_dim if rope < shape.kv_dim else 0,
         v_head_dim=shape.head_dim,
-        rope_slots=split.rope_slots,
+        rope_slots=rope_slots(shape, rope, folds[0]),
         q_lora_rank=q_lora_rank,
     )
     return target, folds
@@ -263,8 +270,8 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) 
                 original.architecture, attention, queries=job.target.q_lora_rank is not None
             )
             run_layer(layer, train, rope, collector)
-            probe: list[tuple[Tensor, Tensor]] = []
-            run_layer(layer, held_out, rope, lambda x, y, probe=probe: probe.append((x, y)))
+            probe: list[AttentionIO] = []
+            run_layer(layer, held_out, rope, probe.append)
             weights = original.architecture.projections(attention)
             mla, report = _convert_layer(job, weights, collector.statistics(), probe, rope)
             stage.write_tensors(_layer_tensors(index), mla.weights)
@@ -285,7 +292,7 @@ def _convert_layer(
     job: _Job,
     weights: Projections,
     statistics: LayerStatistics,
-    probe: list[tuple[Tensor, Tensor]],
+    probe: list[AttentionIO],
     rope: tuple[Tensor, Tensor],
 ) -> tuple[MLALayer, LayerReport]:
     """The layer with the FreqFold whose attention output comes closest to the original's on the probe (input, output)."""
@@ -316,7 +323,7 @@ def _attention(job: _Job, layer: MLALayer) -> MLAAttention:
     return attention.to(job.device).requires_grad_(False).eval()
 
 
-def _attention_error(attention: MLAAttention, probe: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor]) -> float:
+def _attention_error(attention: MLAAttention, probe: list[AttentionIO], rope: tuple[Tensor, Tensor]) -> float:
     """‖attention(input) − output‖² / ‖output‖² over the probe's (input, output) pairs."""
     error = energy = 0.0
     with torch.inference_mode():
@@ -346,7 +353,8 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
     source, export = job.source, job.export
     layers = [_read_layer(stage, index)[0] for index in range(job.plan.num_layers)]
     groups = _tensor_groups(source, job.plan.num_layers)
-    weight_map, total_size = {}, 0
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for number, (index, names) in enumerate(bar.track(groups, description="Writing"), start=1):
         tensors: dict[str, Tensor] = {}
         for name in names:
@@ -411,7 +419,7 @@ def _check_weights(source: Checkpoint, bar: Progress) -> None:
 
 def _output_bytes(export: Export, target: MLAConfig, num_layers: int) -> int:
     config = AutoConfig.for_model(**export.config([target] * num_layers))
-    return sum(parameter.numel() for parameter in skeleton(config).parameters()) * export.dtype.itemsize
+    return int(sum(parameter.numel() for parameter in skeleton(config).parameters())) * export.dtype.itemsize
 
 
 def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int) -> int:

@@ -41,8 +41,8 @@ class ConversionPlan:
         table = _table(f"{self.model} → MLA ({self.method}, format {self.format}, {self.dtype})")
         for key, value in self.attention.items():
             table.add_row(key, f"{value}")
-        for key, value in self.mla.items():
-            table.add_row(f"→ {key}", f"{value}")
+        for key, converted in self.mla.items():
+            table.add_row(f"→ {key}", f"{converted}")
         table.add_row("layers", f"{self.num_layers}")
         table.add_row("FreqFold candidates", ", ".join(map(str, self.freqfold)))
         table.add_row("calibration / held-out tokens", f"{self.calibration_tokens:,} / {self.held_out_tokens:,}")
@@ -133,7 +133,7 @@ class ConversionReport:
 
 
 def _mean(layers: list[LayerReport], name: str) -> float:
-    return sum(getattr(layer, name) for layer in layers) / len(layers)
+    return float(sum(getattr(layer, name) for layer in layers) / len(layers))
 
 
 def _table(title: str) -> Table:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..architectures import AttentionShape
 
-__all__ = ["RopeSplit", "freqfolds", "split_rope"]
+__all__ = ["RopeSplit", "freqfolds", "rope_slots", "split_rope"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ def freqfolds(shape: AttentionShape, qk_rope_head_dim: int) -> list[int]:
     return [fold for fold in range(collapse, pairs + 1, collapse) if pairs % fold == 0]
 
 
+def rope_slots(shape: AttentionShape, qk_rope_head_dim: int, freqfold: int) -> tuple[int, ...]:
+    """The frequencies of the kept components: evenly spaced ones of each fold, from its first."""
+    keep = qk_rope_head_dim // 2 * freqfold // shape.num_frequencies  # components kept per fold
+    step = max(1, freqfold // keep)
+    folds = range(0, shape.num_frequencies, freqfold)
+    # A fold that keeps more components than it has frequencies uses them again.
+    return tuple(first + c * step % freqfold for first in folds for c in range(keep))
+
+
 def split_rope(kv: Tensor, shape: AttentionShape, qk_rope_head_dim: int, freqfold: int) -> RopeSplit:
     """PCA over the components of every `freqfold` adjacent frequencies; the leading ones keep RoPE.
 
@@ -52,7 +61,7 @@ def split_rope(kv: Tensor, shape: AttentionShape, qk_rope_head_dim: int, freqfol
     """
     heads, pairs = shape.num_kv_heads, shape.num_frequencies
     folds, fold_dim = pairs // freqfold, heads * freqfold
-    keep = qk_rope_head_dim // 2 // folds  # components kept per fold
+    keep = qk_rope_head_dim // 2 // folds
 
     k = kv[: shape.kv_dim, : shape.kv_dim].view(heads, 2, pairs, heads, 2, pairs)
     moments = k[:, 0, :, :, 0] + k[:, 1, :, :, 1]  # real and imaginary parts turn alike
@@ -65,12 +74,9 @@ def split_rope(kv: Tensor, shape: AttentionShape, qk_rope_head_dim: int, freqfol
     for fold in range(folds):
         rows[fold, :, :, fold] = components[fold]
     rows = rows.flatten(3)
-    # Component c of a fold turns with the fold's c-th evenly spaced frequency; past the last one they start again.
-    step = max(1, freqfold // keep)
-    slots = [fold * freqfold + c * step % freqfold for fold in range(folds) for c in range(keep)]
     return RopeSplit(
         kept=rows[:, :keep].flatten(0, 1),
         dropped=rows[:, keep:].flatten(0, 1),
-        rope_slots=tuple(slots),
+        rope_slots=rope_slots(shape, qk_rope_head_dim, freqfold),
         energy=float(energies[:, :keep].sum() / energies.sum()),
     )

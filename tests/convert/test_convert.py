@@ -1,0 +1,231 @@
+"""convert() end to end on tiny random models: exact where it claims to be, whole or not at all, resumable."""
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import token_rows
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import transmla_ext
+from transmla_ext.convert import ConversionReport
+
+SMALL: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128, "progress": False}
+
+
+def convert(model: Path, out: Path, **options: Any) -> ConversionReport:
+    return transmla_ext.convert(model, out, **{**SMALL, **options})
+
+
+def logits(path: Path, tokens: Tensor, dtype: torch.dtype | str = "auto") -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval()
+    with torch.no_grad():
+        return model(tokens).logits.double()
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}]
+)
+def test_full_rank_is_exact(tiny_llama: Callable[..., Path], tmp_path: Path, shape: dict[str, Any]) -> None:
+    model = tiny_llama(**shape)
+    report = convert(model, tmp_path / "out", kv_lora_rank="full")
+    tokens = token_rows(model, "for x in range(10): print(x)\n" * 40, 2, 100)
+    torch.testing.assert_close(logits(tmp_path / "out", tokens), logits(model, tokens), atol=1e-4, rtol=0)
+    assert report.perplexity_after == pytest.approx(report.perplexity_before, rel=1e-5)
+    assert max(layer.attention_error for layer in report.layers) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_lora_rank": 24, "qk_rope_head_dim": 16},
+        {"kv_lora_rank": 24, "qk_rope_head_dim": 8},
+        {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "q_lora_rank": 40},
+    ],
+)
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}])
+def test_stock_checkpoint_gives_the_native_models_logits(
+    tiny_llama: Callable[..., Path], tmp_path: Path, options: dict[str, Any], shape: dict[str, Any]
+) -> None:
+    model = tiny_llama(**shape)
+    native = convert(model, tmp_path / "native", **options)
+    stock = convert(model, tmp_path / "stock", format="deepseek_v3", **options)
+    assert stock.layers == native.layers
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3"
+    assert "auto_map" not in config
+    tokens = token_rows(model, "while True: pass\n" * 60, 2, 100)
+    expected = logits(tmp_path / "native", tokens)
+    assert kl(expected, logits(tmp_path / "stock", tokens)) <= 1e-6
+    assert kl(logits(model, tokens), expected) > 1e-3  # half the cache is gone: equality would mean nothing converted
+
+
+def test_padding_to_engine_shapes_changes_no_logit(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_llama(head_dim=64, hidden_size=96)
+    tokens = token_rows(model, "import this\n" * 60, 2, 100)
+    convert(model, tmp_path / "native", kv_lora_rank=64, qk_rope_head_dim=32)
+    expected = logits(tmp_path / "native", tokens)
+    for pad, shape in ((False, (64, 32, 64, 64)), (True, (512, 64, 128, 128))):
+        out = tmp_path / f"stock-{pad}"
+        report = convert(model, out, kv_lora_rank=64, qk_rope_head_dim=32, format="deepseek_v3", pad_to_engine=pad)
+        config = json.loads((out / "config.json").read_text())
+        names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        assert tuple(config[name] for name in names) == shape
+        assert report.plan.cache_bytes_after == 2 * 4 * (shape[0] + shape[1])
+        assert kl(expected, logits(out, tokens)) <= 1e-6
+
+
+def test_wide_rope_keys_are_padded_unasked_and_narrow_ones_are_not(tiny_llama: Callable[..., Path]) -> None:
+    model = tiny_llama(head_dim=64, hidden_size=96)
+    for rope, cached in ((64, 512 + 64), (32, 64 + 32)):
+        plan = transmla_ext.plan(model, kv_lora_rank=64, qk_rope_head_dim=rope, format="deepseek_v3")
+        assert plan.cache_bytes_after == 2 * 4 * cached
+
+
+def test_plan_knows_the_output_without_reading_weights(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    for format in ("transmla", "deepseek_v3"):
+        options = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "format": format, "dtype": "bfloat16"}
+        plan = transmla_ext.plan(model, calibration_tokens=1024, sequence_length=128, **options)
+        report = convert(model, tmp_path / format, **options)
+        assert report.plan == plan
+        index = json.loads((tmp_path / format / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == plan.output_bytes
+        assert plan.cache_bytes_before == 2 * 2 * 2 * 2 * 16
+        assert plan.cache_bytes_after == 2 * 2 * (24 + 8)
+        assert "50.00%" in str(plan)
+
+
+def test_freqfold_auto_takes_each_layers_best(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model, options = tiny_llama(num_hidden_layers=3), {"kv_lora_rank": 16, "qk_rope_head_dim": 8}
+    fixed = {
+        fold: convert(model, tmp_path / str(fold), freqfold=fold, **options).layers
+        for fold in transmla_ext.plan(model, **options).freqfold
+    }
+    assert len(fixed) > 1
+    for index, layer in enumerate(convert(model, tmp_path / "auto", **options).layers):
+        best = min((layers[index] for layers in fixed.values()), key=lambda layer: layer.attention_error)
+        assert layer == best
+
+
+def test_report_holds_what_the_model_does(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    report = convert(tiny_llama(), tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8)
+    saved = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert saved == report.to_dict()
+    assert saved["perplexity_after"] == report.perplexity_after
+    assert (tmp_path / "out" / "conversion_report.png").read_bytes().startswith(b"\x89PNG")
+    assert "excess nats" in (tmp_path / "out" / "conversion_report.txt").read_text()
+
+
+def test_converted_perplexity_is_that_of_the_written_model(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_llama()
+    text = "the quick brown fox jumps over the lazy dog, " * 400
+    report = convert(model, tmp_path / "out", calibration=[text], kv_lora_rank=24, qk_rope_head_dim=8)
+    held_out = token_rows(model, text, 9, 128)[8:]
+    for path, perplexity in ((model, report.perplexity_before), (tmp_path / "out", report.perplexity_after)):
+        rows = logits(path, held_out)[:, :-1].flatten(0, 1)
+        nll = torch.nn.functional.cross_entropy(rows, held_out[:, 1:].flatten())
+        assert float(nll.exp()) == pytest.approx(perplexity, rel=1e-4)
+
+
+SCRIPT = """
+import sys, torch, transmla_ext
+torch.set_num_threads(2)
+transmla_ext.convert(sys.argv[1], sys.argv[2], kv_lora_rank=24, qk_rope_head_dim=8, calibration_tokens=8192,
+                     sequence_length=128, progress=False)
+"""
+
+
+def start(model: Path, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(model), str(out)], stderr=subprocess.PIPE)
+
+
+def same_directories(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir())
+    match, _, _ = filecmp.cmpfiles(a, b, names, shallow=False)
+    return names == sorted(path.name for path in b.iterdir()) == sorted(match)
+
+
+def test_killed_conversion_resumes_to_the_same_bytes(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=6)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(model, whole).wait() == 0
+    partial = tmp_path / "killed.partial"
+    for layers_done in (1, 3, 5):
+        process = start(model, killed)
+        while process.poll() is None and len(list(partial.glob("layer-*.json"))) < layers_done:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"finished before layer {layers_done}: nothing was interrupted"
+        assert not killed.exists()
+        assert not (partial / "config.json").exists()
+        with pytest.raises(transmla_ext.errors.TransMLAError, match="unfinished"):
+            transmla_ext.load(partial)
+    before = {path.name: path.stat().st_mtime_ns for path in partial.glob("layer-*.json")}
+    process = start(model, killed)
+    while process.poll() is None and partial.exists():
+        for name, stamp in before.items():
+            try:
+                assert (partial / name).stat().st_mtime_ns == stamp, f"{name} was made again"
+            except FileNotFoundError:
+                break
+        time.sleep(0.01)
+    assert process.wait() == 0
+    assert not partial.exists()
+    assert same_directories(whole, killed)
+
+
+def test_another_plan_does_not_resume_from_the_old_one(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model, out = tiny_llama(num_hidden_layers=6), tmp_path / "out"
+    process = start(model, out)
+    while process.poll() is None and not list((tmp_path / "out.partial").glob("layer-*.json")):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "out.partial").exists()
+    convert(model, out, kv_lora_rank=16, qk_rope_head_dim=8)
+    convert(model, tmp_path / "fresh", kv_lora_rank=16, qk_rope_head_dim=8)
+    assert same_directories(out, tmp_path / "fresh")
+
+
+def test_overwrite_replaces_the_whole_directory(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(ValueError, match="not empty"):
+        convert(tiny_llama(), out, kv_lora_rank=24, qk_rope_head_dim=8)
+    assert [path.name for path in out.iterdir()] == ["old.txt"]
+    convert(tiny_llama(), out, kv_lora_rank=24, qk_rope_head_dim=8, overwrite=True)
+    assert (out / "config.json").exists()
+    assert not (out / "old.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_layers(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Layers of 14 MB each: twelve more of them held at once would show as 170 MB."""
+
+    def peak(layers: int) -> int:
+        shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 128, "vocab_size": 300}
+        model = tiny_llama(num_hidden_layers=layers, **shape)
+        process = start(model, tmp_path / f"out-{layers}")
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_maxrss * 1024
+
+    assert peak(24) < peak(12) + 40e6

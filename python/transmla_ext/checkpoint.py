@@ -214,8 +214,8 @@ def staging(out_path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) 
     """Yields the staging directory of `out_path`; leaving it without an error renames it into place.
 
     A directory left by a killed run is taken up again if it was made from the same `fingerprint`, and emptied if not.
-    An error removes it; a kill leaves it under the name `<out_path>.partial`, without config.json until the last moment,
-    so that it is never mistaken for a model.
+    An error removes it; a kill leaves it under the name `<out_path>.partial`, without config.json until the last
+    moment, so that it is never mistaken for a model.
     """
     stage = Staging(out_path.with_name(out_path.name + ".partial"))
     expected = json.loads(json.dumps(fingerprint))
@@ -231,9 +231,7 @@ def staging(out_path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) 
     except Exception as error:  # not KeyboardInterrupt: an interrupted run resumes like a killed one
         shutil.rmtree(stage.path, ignore_errors=True)
         if _is_disk_full(error):
-            raise CheckpointError(
-                f"the disk that holds {out_path.parent} is full; free some space, run again"
-            ) from error
+            raise CheckpointError(f"the disk that holds {out_path.parent} is full; free some space") from error
         raise
 
 

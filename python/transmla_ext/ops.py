@@ -57,7 +57,7 @@ def mla_project(
 
 
 @torch.library.register_fake("transmla::mla_project")
-def _(hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache, *_rest):  # type: ignore[no-untyped-def]
+def _(hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slots, latent_cache, *_rest):  # type: ignore[no-untyped-def]
     return hidden.new_empty(hidden.size(0), w_uk.size(0), latent_cache.size(2))
 
 
@@ -78,7 +78,7 @@ def mla_decode(
 
     Args:
         q: [batch_size, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim], bf16, fp16 or fp32, last dimension dense.
-        latent_cache: [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim], dtype of q; latent first, RoPE key last.
+        latent_cache: [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim], dtype of q; latent first, RoPE last.
         block_table: [batch_size, max_blocks], int32; entries past the sequence's end are never read.
         cache_seqlens: [batch_size], int32, tokens in the cache *including* the seqlen_q new ones, or 0.
         kv_lora_rank: numbers of the latent, a multiple of 16; the rest of the last dimension is the RoPE key.
@@ -88,8 +88,8 @@ def mla_decode(
         num_splits: parts each sequence is cut into; 0 lets the device decide.
         batch_invariant: cut at fixed token counts, so that a sequence's bits do not depend on its batch.
     Returns:
-        out [batch_size, seqlen_q, num_heads, kv_lora_rank], dtype of q, and lse [batch_size, num_heads, seqlen_q], fp32,
-        natural log. Query i of a sequence of length n sees tokens 0 .. n - seqlen_q + i (causal).
+        out [batch_size, seqlen_q, num_heads, kv_lora_rank], dtype of q, and lse [batch_size, num_heads, seqlen_q],
+        fp32, natural log. Query i of a sequence of length n sees tokens 0 .. n - seqlen_q + i (causal).
         A query that sees nothing gives out = 0 and lse = -inf.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2; splits merged as in Flash-Decoding.
     """

@@ -71,8 +71,8 @@ def calibration_tokens(
             break
     if len(ids) < wanted:
         raise ValueError(
-            f"calibration text too short: {len(ids)} tokens, but {num_train} sequences to calibrate on and {num_held_out} "
-            f"held out need {wanted}; give more text or lower calibration_tokens={num_tokens}"
+            f"calibration text too short: {len(ids)} tokens, but {num_train} sequences to calibrate on and "
+            f"{num_held_out} held out need {wanted}; give more text or lower calibration_tokens={num_tokens}"
         )
     sequences = torch.tensor(ids[:wanted]).view(-1, chunk)
     if prefix:
@@ -176,7 +176,7 @@ class Original:
 def run_layer(
     layer: nn.Module, stream: Stream, rope: tuple[Tensor, Tensor], observe: Callable[[AttentionIO], None] | None = None
 ) -> None:
-    """Sends a stream through a decoder layer, in place; `observe` gets the attention's of each batch."""
+    """Sends a stream through a decoder layer, in place; `observe` gets the attention's input and output, each batch."""
 
     def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Tensor], output: tuple[Tensor, ...]) -> None:
         if observe is not None:

@@ -82,9 +82,7 @@ class StockExport(Export):
         if reason := architecture.no_stock_export(base):
             raise UnsupportedModelError(f"format deepseek_v3 cannot express this {base.model_type} model: {reason}")
         if dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(
-                f"format deepseek_v3 needs dtype bfloat16 or float32 (its constant norm underflows), got {dtype}"
-            )
+            raise ValueError(f"format deepseek_v3 needs dtype bfloat16 or float32 (float16 underflows), got {dtype}")
         self.shape: AttentionShape = architecture.shape(base)
         self.residual_scale = math.sqrt(self.EPS / base.rms_norm_eps)
         self.rank, self.rope_dim = layer.kv_lora_rank, layer.qk_rope_head_dim
@@ -97,8 +95,8 @@ class StockExport(Export):
         )
         if pad_to_engine and not fits:
             raise ValueError(
-                f"pad_to_engine: engines take kv_lora_rank <= {self.ENGINE_LATENT}, qk_rope_head_dim <= {self.ENGINE_ROPE} "
-                f"and heads <= {self.ENGINE_HEAD}, got {self.rank}, {self.rope_dim} and {self.shape.head_dim}"
+                f"pad_to_engine: engines take kv_lora_rank <= {self.ENGINE_LATENT}, "
+                f"qk_rope_head_dim <= {self.ENGINE_ROPE} and heads <= {self.ENGINE_HEAD}, got {self.rank}, {self.rope_dim} and {self.shape.head_dim}"
             )
         # Padding a narrower RoPE key costs cache on every engine, so that is done only when asked for.
         if pad_to_engine or (pad_to_engine is None and fits and self.rope_dim == self.ENGINE_ROPE):

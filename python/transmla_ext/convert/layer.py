@@ -42,10 +42,10 @@ def build_layer(
     kv_a = torch.cat([latent.down @ torch.cat([w_k, w_v]), k_pe])
 
     has_nope = len(split.dropped) > 0
-    nope_rows = split.dropped_rows()  # [nope_dim, kv_heads, dim]
-    up_k = torch.einsum("ngd,nr->gdr", nope_rows, latent.up_k)[kv_head] if has_nope else w_q.new_empty(heads, 0, 0)
-    up_v = latent.up_v.view(kv_heads, dim, -1)[kv_head]
-    kv_b = torch.cat([up_k, up_v], dim=1) if has_nope else up_v
+    kv_b = latent.up_v.view(kv_heads, dim, -1)[kv_head]
+    if has_nope:
+        up_k = torch.einsum("ngd,nr->gdr", split.dropped_rows(), latent.up_k)[kv_head]
+        kv_b = torch.cat([up_k, kv_b], dim=1)
 
     q_source = w_q if q_basis is None else q_basis  # rows: one per query number
     per_head = q_source.view(heads, dim, -1)
@@ -71,6 +71,6 @@ def build_layer(
 
 
 def _interleave(coefficients: Tensor, rows: Tensor) -> Tensor:
-    """Components of RoPE pairs, interleaved: [slots, heads * pairs] over rows [heads, 2, pairs, n] -> [2 * slots, n]."""
+    """Components of RoPE pairs, interleaved: [slots, heads * pairs] over [heads, 2, pairs, n] -> [2 * slots, n]."""
     real, imaginary = (coefficients @ rows[:, part].flatten(0, 1) for part in (0, 1))
     return torch.stack([real, imaginary], dim=1).flatten(0, 1)

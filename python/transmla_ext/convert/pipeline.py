@@ -41,6 +41,7 @@ from .rope_split import freqfolds, rope_slots, split_rope
 
 __all__ = ["ConversionOptions", "convert", "plan"]
 
+_LIBRARIES_BYTES = 600_000_000  # resident with torch and transformers loaded
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,7 +155,8 @@ class _Job:
             raise ValueError(f"format must be 'transmla' or 'deepseek_v3', got {format!r}")
         if sequence_length < 2 or calibration_tokens < 1:
             raise ValueError(
-                f"calibration_tokens must be >= 1 and sequence_length >= 2, got {calibration_tokens} and {sequence_length}"
+                "calibration_tokens must be >= 1 and sequence_length >= 2, "
+                f"got {calibration_tokens} and {sequence_length}"
             )
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -162,9 +164,8 @@ class _Job:
         architecture = lookup(source.config)
         _check_shapes(source)
         if sequence_length > source.config.max_position_embeddings:
-            raise ValueError(
-                f"sequence_length={sequence_length} exceeds the model's {source.config.max_position_embeddings} positions"
-            )
+            most = source.config.max_position_embeddings
+            raise ValueError(f"sequence_length={sequence_length} exceeds the model's {most} positions")
         shape = architecture.shape(source.config)
         target, folds = _target(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank, freqfold)
         out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
@@ -295,7 +296,7 @@ def _convert_layer(
     probe: list[AttentionIO],
     rope: tuple[Tensor, Tensor],
 ) -> tuple[MLALayer, LayerReport]:
-    """The layer with the FreqFold whose attention output comes closest to the original's on the probe (input, output)."""
+    """The layer with the FreqFold whose attention output comes closest to the original's on the probe."""
     target, best = job.target, None
     q_basis = None
     if target.q_lora_rank is not None and statistics.q is not None:
@@ -419,19 +420,19 @@ def _check_weights(source: Checkpoint, bar: Progress) -> None:
 
 def _output_bytes(export: Export, target: MLAConfig, num_layers: int) -> int:
     config = AutoConfig.for_model(**export.config([target] * num_layers))
-    return int(sum(parameter.numel() for parameter in skeleton(config).parameters())) * export.dtype.itemsize
+    numbers: int = sum(parameter.numel() for parameter in skeleton(config).parameters())
+    return numbers * export.dtype.itemsize
 
 
 def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int) -> int:
-    """Estimate: the libraries, the streams, and the larger of (one layer being converted, the output head)."""
-    sizes = {name: math.prod(dims) for name, dims in source.shapes.items()}
-    largest_layer = sum(n for name, n in sizes.items() if name.startswith("model.layers.0."))
-    embedding = sizes["model.embed_tokens.weight"]
-    widest = max(dims[0] for name, dims in source.shapes.items() if name.startswith("model.layers.0."))
-    streams = num_tokens * shape.hidden_size
-    converting = 2 * largest_layer + 8 * shape.cache_dim**2 * 2 + 4 * BATCH_TOKENS * (widest + 2 * shape.hidden_size)
-    vocabulary = embedding + 3 * 512 * source.config.vocab_size
-    return 600_000_000 + 4 * (streams + max(converting, vocabulary))
+    """Estimate: the libraries, the streams, and the larger of (a layer being converted, the output head)."""
+    layer = {name: dims for name, dims in source.shapes.items() if name.startswith("model.layers.0.")}
+    weights = 2 * 4 * sum(math.prod(dims) for dims in layer.values())
+    moments = 4 * 8 * shape.cache_dim**2  # state, balanced copy, eigenvectors, LAPACK's workspace
+    activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[0] for dims in layer.values()))
+    head = 4 * math.prod(source.shapes["model.embed_tokens.weight"]) * 2
+    streams = 4 * num_tokens * shape.hidden_size
+    return _LIBRARIES_BYTES + streams + max(weights + moments + activations, head)
 
 
 def _check_disk(out_path: Path, output_bytes: int) -> None:
@@ -439,7 +440,7 @@ def _check_disk(out_path: Path, output_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < output_bytes:
         raise ValueError(
-            f"the disk of {parent} has {free / 1e9:.2f} GB free, the output needs {output_bytes / 1e9:.2f} GB; free some space"
+            f"the disk of {parent} has {free / 1e9:.2f} GB free, but the output needs {output_bytes / 1e9:.2f} GB"
         )
 
 

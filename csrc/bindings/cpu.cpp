@@ -2,8 +2,12 @@
 
 #include <algorithm>
 
+#include "batched_pca.h"
+#include "batched_svd.h"
+#include "covariance_add.h"
 #include "merge_attn_states.h"
 #include "mla_decode.h"
+#include "mla_project.h"
 
 namespace transmla {
 namespace {
@@ -47,6 +51,26 @@ struct Cpu {
   static void launch(const MergeAttnStatesParams& params, const Tensor&) {
     merge_attn_states_cpu(params, torch_pool());
   }
+
+  static void launch(const MlaProjectParams& params, const Tensor&) {
+    mla_project_cpu(params, torch_pool());
+  }
+
+  static void launch(const RmsNormParams& params, const Tensor&) {
+    rms_norm_cpu(params, torch_pool());
+  }
+
+  static void launch(const CovarianceAddParams& params, const Tensor&) {
+    run_in_workspace(params, covariance_add_cpu_workspace_size, covariance_add_cpu);
+  }
+
+  static void launch(const BatchedPcaParams& params, const Tensor&) {
+    run_in_workspace(params, batched_pca_cpu_workspace_size, batched_pca_cpu);
+  }
+
+  static void launch(const BatchedSvdParams& params, const Tensor&) {
+    run_in_workspace(params, batched_svd_cpu_workspace_size, batched_svd_cpu);
+  }
 };
 
 }  // namespace
@@ -54,6 +78,10 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(transmla, CPU, m) {
   using namespace transmla;
+  m.impl("mla_project", TORCH_BOX(&mla_project<Cpu>));
   m.impl("mla_decode", TORCH_BOX(&mla_decode<Cpu>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cpu>));
+  m.impl("covariance_add_", TORCH_BOX(&covariance_add<Cpu>));
+  m.impl("batched_pca", TORCH_BOX(&batched_pca<Cpu>));
+  m.impl("batched_svd", TORCH_BOX(&batched_svd<Cpu>));
 }

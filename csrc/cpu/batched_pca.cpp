@@ -54,21 +54,26 @@ void tridiagonalize(const Workspace& w, index_t n) {
   }
 }
 
-// The rotations (k, k + 1), k = lo .. hi - 1, in that order, on kVecs vectors of columns of
-// `vectors`: the row that two rotations share stays in registers.
+// The rotations (k, k + 1), k = lo .. hi - 1, in that order, on kVecs vectors V of columns; `row`
+// is row lo. The row that two rotations share stays in registers.
 template <class V, int kVecs>
 void rotate_columns(const Workspace& w, index_t n, index_t lo, index_t hi, double* row) {
-  V carry[kVecs], next[kVecs], done[kVecs];
-  memcpy(carry, row, sizeof carry);
+  constexpr int kSize = sizeof(V) / sizeof(double);
+  V carry[kVecs];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVecs; ++i) memcpy(&carry[i], row + i * kSize, sizeof(V));
   for (index_t k = lo; k < hi; ++k, row += n) {
-    memcpy(next, row + n, sizeof next);
+#pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i) {
-      done[i] = w.cosine[k] * carry[i] + w.sine[k] * next[i];
-      carry[i] = w.cosine[k] * next[i] - w.sine[k] * carry[i];
+      V next;
+      memcpy(&next, row + n + i * kSize, sizeof(V));
+      const V done = w.cosine[k] * carry[i] + w.sine[k] * next;
+      carry[i] = w.cosine[k] * next - w.sine[k] * carry[i];
+      memcpy(row + i * kSize, &done, sizeof(V));
     }
-    memcpy(row, done, sizeof done);
   }
-  memcpy(row, carry, sizeof carry);
+#pragma GCC unroll 4
+  for (int i = 0; i < kVecs; ++i) memcpy(row + i * kSize, &carry[i], sizeof(V));
 }
 
 void rotate_rows(const Workspace& w, index_t n, index_t lo, index_t hi) {

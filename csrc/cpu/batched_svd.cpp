@@ -7,13 +7,13 @@ namespace transmla::TRANSMLA_ISA {
 namespace {
 
 struct Workspace {
-  double* columns;   // [short, long], the tall matrix by columns; then the vectors of its QR
-  double* left;      // [short, long], singular vectors of the long side, one a row
-  double* right;     // [short, short], rows of R; then singular vectors of the short side
-  double* tau;       // [short]
-  double* lengths;   // [short], squared, of the rows of `right`; then the singular values
-  index_t* pivots;   // [short], the matrix's column in each place
-  index_t* order;    // [short]
+  double* columns;  // [short, long], the tall matrix by columns; then the vectors of its QR
+  double* left;     // [short, long], singular vectors of the long side, one a row
+  double* right;    // [short, short], rows of R; then singular vectors of the short side
+  double* tau;      // [short]
+  double* lengths;  // [short], squared, of the rows of `right`; then the singular values
+  index_t* pivots;  // [short], the matrix's column in each place
+  index_t* order;   // [short]
 };
 
 // A P = Q R: Q as reflections in `columns`, R in `right`.
@@ -50,8 +50,8 @@ void factor_qr(const Workspace& w, index_t n, index_t m) {
 // Turns R = leftᵀ · right: `left` is the identity before, and after it the rows of `right` are
 // orthogonal.
 void orthogonalize(const Workspace& w, index_t n, index_t m) {
-  constexpr int kMaxSweeps = 40;  // about six are usual
-  const double tolerance = __DBL_EPSILON__ * sqrt(static_cast<double>(n));
+  constexpr int kMaxSweeps = 40;                                   // about six are usual
+  const double tolerance = __DBL_EPSILON__ * __DBL_EPSILON__ * n;  // of squares
   double* lengths = w.lengths;
   bool rotated = true;
   for (int sweep = 0; rotated && sweep < kMaxSweeps; ++sweep) {
@@ -61,7 +61,7 @@ void orthogonalize(const Workspace& w, index_t n, index_t m) {
       for (index_t q = p + 1; q < n; ++q) {
         if (lengths[p] < kNothing || lengths[q] < kNothing) continue;
         const double product = dot(w.right + p * n, w.right + q * n, n);
-        if (fabs(product) <= tolerance * sqrt(lengths[p]) * sqrt(lengths[q])) continue;
+        if (product * product <= tolerance * lengths[p] * lengths[q]) continue;
         rotated = true;
         const double cotangent = (lengths[q] - lengths[p]) / (2 * product);  // of the double angle
         const double tangent =

@@ -60,17 +60,16 @@ void pack(const T* x, index_t stride, const float* weight, index_t num_tokens, i
           float* panel) {
   for (index_t t = 0; t < num_tokens; ++t, x += stride, panel += kTile) {
     const float factor = weight ? weight[t] : 1;
-    index_t i = 0;
-    for (; i + kVecSize <= size; i += kVecSize) store(panel + i, load(x + i) * factor);
-    if (i < size) store_first(panel + i, load_first(x + i, size - i) * factor, size - i);
+    for (index_t i = 0; i < size; i += kVecSize) {
+      store_up_to(panel + i, load_up_to(x + i, size - i) * factor, size - i);
+    }
   }
 }
 
 // One tile of one group, at (row, col) of the lower triangle, and its mirror image. A worker walks
 // through all tokens in order: the sums do not depend on the number of threads.
 template <class T>
-void add_tile(const CovarianceAddParams& p, index_t group, index_t row, index_t col,
-              Workspace* w) {
+void add_tile(const CovarianceAddParams& p, index_t group, index_t row, index_t col, Workspace* w) {
   const T* x = static_cast<const T*>(p.x) + group * p.x_stride_group;
   const index_t num_rows = min(kTile, p.dim - row);
   const index_t num_cols = min(kTile, p.dim - col);
@@ -78,17 +77,17 @@ void add_tile(const CovarianceAddParams& p, index_t group, index_t row, index_t 
   for (index_t token = 0; token < p.num_tokens; token += kBlock) {
     const index_t num_tokens = min(kBlock, p.num_tokens - token);
     const T* block = x + token * p.x_stride_token;
-    pack(block + row, p.x_stride_token, p.weight ? p.weight + token : nullptr, num_tokens,
-         num_rows, w->rows);
+    pack(block + row, p.x_stride_token, p.weight ? p.weight + token : nullptr, num_tokens, num_rows,
+         w->rows);
     pack(block + col, p.x_stride_token, nullptr, num_tokens, num_cols, w->cols);
     for (index_t j = 0; j < num_cols; j += kMaxVecs * kVecSize) {
       const index_t num_vecs = min(kMaxVecs, ceil_div(num_cols - j, kVecSize));
+      const auto add = num_vecs == kMaxVecs ? accumulate<kMaxVecs>
+                       : num_vecs == 1      ? accumulate<1>
+                                            : accumulate<kMaxVecs - 1>;
       for (index_t i = 0; i < num_rows; i += kRows) {
         if (row + i + kRows <= col + j) continue;  // above the diagonal
-        double* state = w->state + i * kTile + j;
-        if (num_vecs == 1) accumulate<1>(w->rows + i, w->cols + j, num_tokens, state);
-        if (num_vecs == 2) accumulate<2>(w->rows + i, w->cols + j, num_tokens, state);
-        if (num_vecs == 3) accumulate<3>(w->rows + i, w->cols + j, num_tokens, state);
+        add(w->rows + i, w->cols + j, num_tokens, w->state + i * kTile + j);
       }
     }
   }

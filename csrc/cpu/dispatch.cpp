@@ -46,4 +46,36 @@ void merge_attn_states_cpu(const MergeAttnStatesParams& params, const ParallelFo
   TRANSMLA_DISPATCH(merge_attn_states_cpu(params, parallel_for));
 }
 
+void rms_norm_cpu(const RmsNormParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(rms_norm_cpu(params, parallel_for));
+}
+
+void mla_project_cpu(const MlaProjectParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(mla_project_cpu(params, parallel_for));
+}
+
+size_t covariance_add_cpu_workspace_size(const CovarianceAddParams& params, int num_threads) {
+  TRANSMLA_DISPATCH(covariance_add_cpu_workspace_size(params, num_threads));
+}
+
+void covariance_add_cpu(const CovarianceAddParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(covariance_add_cpu(params, parallel_for));
+}
+
+size_t batched_pca_cpu_workspace_size(const BatchedPcaParams& params, int num_threads) {
+  TRANSMLA_DISPATCH(batched_pca_cpu_workspace_size(params, num_threads));
+}
+
+void batched_pca_cpu(const BatchedPcaParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(batched_pca_cpu(params, parallel_for));
+}
+
+size_t batched_svd_cpu_workspace_size(const BatchedSvdParams& params, int num_threads) {
+  TRANSMLA_DISPATCH(batched_svd_cpu_workspace_size(params, num_threads));
+}
+
+void batched_svd_cpu(const BatchedSvdParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(batched_svd_cpu(params, parallel_for));
+}
+
 }  // namespace transmla

@@ -60,9 +60,9 @@ inline void swap(double* x, double* y, index_t n) {
   }
 }
 
-// A squared length below this is zero: matrices are scaled to a largest entry near 1, and squares of
-// much smaller numbers lose their last bits.
-constexpr double kNothing = 1e-280;
+// A squared length below this is zero: matrices are scaled to a largest entry near 1, and products
+// of two such lengths are still normal numbers.
+constexpr double kNothing = 1e-140;
 
 // H = I - tau v vᵀ with H x = norm * e_pivot and v[pivot] = 1; x becomes v.
 struct Reflection {

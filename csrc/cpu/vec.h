@@ -118,10 +118,45 @@ inline void store(Float16* p, Vec v) {
 }
 
 // The first `n` numbers, n < kVecSize; the rest is zero.
+#if defined(__AVX512F__)
+inline Vec load_first(const float* p, index_t n) {
+  return (Vec)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+}
+
+template <class T>
+inline Vec load_first(const T* p, index_t n) {
+  T padded[kVecSize];
+  _mm256_storeu_si256((__m256i*)padded, _mm256_maskz_loadu_epi16((1 << n) - 1, p));
+  return load(padded);
+}
+
+inline void store_first(float* p, Vec v, index_t n) {
+  _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)v);
+}
+
+template <class T>
+inline void store_first(T* p, Vec v, index_t n) {
+  T padded[kVecSize];
+  store(padded, v);
+  _mm256_mask_storeu_epi16(p, (1 << n) - 1, _mm256_loadu_si256((const __m256i*)padded));
+}
+#else
+// In moves of a size that the compiler knows: a call of memcpy takes longer.
+template <class T>
+inline void copy_first(T* to, const T* from, index_t n) {
+#pragma GCC unroll 4
+  for (int size = kVecSize / 2; size > 0; size /= 2) {
+    if (!(n & size)) continue;
+    memcpy(to, from, size * sizeof(T));
+    to += size;
+    from += size;
+  }
+}
+
 template <class T>
 inline Vec load_first(const T* p, index_t n) {
   T padded[kVecSize] = {};
-  memcpy(padded, p, n * sizeof(T));
+  copy_first(padded, p, n);
   return load(padded);
 }
 
@@ -129,7 +164,20 @@ template <class T>
 inline void store_first(T* p, Vec v, index_t n) {
   T padded[kVecSize];
   store(padded, v);
-  memcpy(p, padded, n * sizeof(T));
+  copy_first(p, padded, n);
+}
+#endif
+
+// The first `n` numbers, or a vector if there are more.
+template <class T>
+inline Vec load_up_to(const T* p, index_t n) {
+  return n < kVecSize ? load_first(p, n) : load(p);
+}
+
+template <class T>
+inline void store_up_to(T* p, Vec v, index_t n) {
+  if (n < kVecSize) return store_first(p, v, n);
+  store(p, v);
 }
 
 // 2^x: relative error below 2e-7; 0 below -126, and for -inf.

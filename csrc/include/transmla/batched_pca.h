@@ -16,6 +16,7 @@ struct BatchedPcaParams {
   void* workspace;  // batched_pca_cpu_workspace_size() bytes, 64-byte aligned
 };
 
+// A matrix that holds an infinity or a NaN gives NaN.
 TRANSMLA_API size_t batched_pca_cpu_workspace_size(const BatchedPcaParams& params, int num_threads);
 TRANSMLA_API void batched_pca_cpu(const BatchedPcaParams& params, const ParallelFor& parallel_for);
 

@@ -16,6 +16,7 @@ struct BatchedSvdParams {
   void* workspace;  // batched_svd_cpu_workspace_size() bytes, 64-byte aligned
 };
 
+// A matrix that holds an infinity or a NaN gives NaN.
 TRANSMLA_API size_t batched_svd_cpu_workspace_size(const BatchedSvdParams& params, int num_threads);
 TRANSMLA_API void batched_svd_cpu(const BatchedSvdParams& params, const ParallelFor& parallel_for);
 

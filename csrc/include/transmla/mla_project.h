@@ -26,6 +26,19 @@ struct MlaProjectParams {
   float norm_eps;  // added to the mean square of the latent
 };
 
+// The norm between the two factors of a query projection, where there are two.
+struct RmsNormParams {
+  const void* x;       // [num_rows, dim], contiguous
+  const void* weight;  // [dim]
+  void* out;           // [num_rows, dim], contiguous; may be x
+  DType dtype;         // of all three
+
+  index_t num_rows, dim;
+  float eps;  // added to the mean square
+};
+
+TRANSMLA_API void rms_norm_cpu(const RmsNormParams& params, const ParallelFor& parallel_for);
+
 // RoPE pairs are interleaved, as in DeepSeek's checkpoints and vLLM: (2j, 2j + 1) turns by position
 // * frequency j.
 TRANSMLA_API void mla_project_cpu(const MlaProjectParams& params, const ParallelFor& parallel_for);

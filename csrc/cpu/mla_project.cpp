@@ -1,0 +1,198 @@
+#include "vec.h"
+
+namespace transmla::TRANSMLA_ISA {
+namespace {
+
+constexpr int kTokens = kVecBytes == 64 ? 8 : 4;  // that share one pass over W_UK
+constexpr int kMaxSums = 2 * kTokens;             // vectors of sums that fit the registers
+constexpr index_t kDepth = 256;  // numbers of q_nope converted to fp32 at a time; most heads fit
+constexpr index_t kBlock = 64;   // tokens of a task
+constexpr index_t kMinWork = 1 << 17;  // multiply-adds; less is not worth waking a thread
+
+template <class T>
+Vec round_to(Vec v) {
+  T numbers[kVecSize];
+  store(numbers, v);
+  return load(numbers);
+}
+
+// Rounds to T before the weight, as the models were trained. `out` may be `x`.
+template <class T>
+void normalize(const T* x, const T* weight, index_t n, float eps, T* out) {
+  Vec squares = {};
+  for (index_t i = 0; i < n; i += kVecSize) {
+    const Vec v = load_up_to(x + i, n - i);
+    squares = fma(v, v, squares);
+  }
+  const float scale = 1 / sqrtf(sum(squares) / n + eps);
+  for (index_t i = 0; i < n; i += kVecSize) {
+    const Vec v = round_to<T>(load_up_to(x + i, n - i) * scale);
+    store_up_to(out + i, v * load_up_to(weight + i, n - i), n - i);
+  }
+}
+
+// Pairs (2j, 2j + 1) turn by the angle with cosine cos_sin[j] and sine cos_sin[n / 2 + j].
+template <class T>
+void rotate(const T* x, const float* cos_sin, index_t n, T* out) {
+  for (index_t i = 0; i < n; i += kVecSize) {
+    float numbers[kVecSize];
+    store(numbers, load_up_to(x + i, n - i));
+    const float* cosines = cos_sin + i / 2;
+    const float* sines = cosines + n / 2;
+    for (index_t j = 0; j < min(kVecSize, n - i) / 2; ++j) {
+      const float even = numbers[2 * j];
+      const float odd = numbers[2 * j + 1];
+      numbers[2 * j] = even * cosines[j] - odd * sines[j];
+      numbers[2 * j + 1] = even * sines[j] + odd * cosines[j];
+    }
+    store_up_to(out + i, load(numbers), n - i);
+  }
+}
+
+template <class T>
+class Projection {
+ public:
+  explicit Projection(const MlaProjectParams& p)
+      : p_(p),
+        head_dim_(p.qk_nope_head_dim + p.qk_rope_head_dim),
+        cache_dim_(p.kv_lora_rank + p.qk_rope_head_dim) {}
+
+  void query(index_t head, index_t begin, index_t end) const {
+    absorb<kTokens>(head, begin, end);
+    for (index_t token = begin; token < end; ++token) {
+      rotate(q_proj(token, head) + p_.qk_nope_head_dim, cos_sin(token), p_.qk_rope_head_dim,
+             q(token, head) + p_.kv_lora_rank);
+    }
+  }
+
+  void append(index_t begin, index_t end) const {
+    const index_t rank = p_.kv_lora_rank;
+    for (index_t token = begin; token < end; ++token) {
+      const index_t slot = p_.slot_mapping[token];
+      if (slot < 0) continue;
+      const T* latent = static_cast<const T*>(p_.kv_a_proj) + token * cache_dim_;
+      T* cached = static_cast<T*>(p_.latent_cache) + slot / p_.block_size * p_.cache_stride_block +
+                  slot % p_.block_size * p_.cache_stride_token;
+      if (p_.kv_norm) {
+        normalize(latent, static_cast<const T*>(p_.kv_norm), rank, p_.norm_eps, cached);
+      } else {
+        memcpy(cached, latent, rank * sizeof(T));
+      }
+      rotate(latent + rank, cos_sin(token), p_.qk_rope_head_dim, cached + rank);
+    }
+  }
+
+ private:
+  const T* q_proj(index_t token, index_t head) const {
+    return static_cast<const T*>(p_.q_proj) + (token * p_.num_heads + head) * head_dim_;
+  }
+
+  T* q(index_t token, index_t head) const {
+    return static_cast<T*>(p_.q) + (token * p_.num_heads + head) * cache_dim_;
+  }
+
+  const float* cos_sin(index_t token) const {
+    return p_.cos_sin + p_.positions[token] * p_.qk_rope_head_dim;
+  }
+
+  // q_nope W_UK of one head, N tokens at a time and the rest by halves.
+  template <int N>
+  void absorb(index_t head, index_t begin, index_t end) const {
+    float q_nope[N][kDepth];
+    index_t token = begin;
+    for (; token + N <= end; token += N) {
+      index_t depth = -1;  // of the part in q_nope
+      const auto load_depth = [&](index_t wanted) {
+        if (depth == wanted) return;
+        depth = wanted;
+        for (int t = 0; t < N; ++t) {
+          const T* from = q_proj(token + t, head) + depth;
+          const index_t size = min(kDepth, p_.qk_nope_head_dim - depth);
+          for (index_t i = 0; i < size; i += kVecSize) {
+            store_up_to(q_nope[t] + i, load_up_to(from + i, size - i), size - i);
+          }
+        }
+      };
+      constexpr int kVecs = kMaxSums / N < 4 ? kMaxSums / N : 4;
+      index_t column = 0;
+      for (; column + kVecs * kVecSize <= p_.kv_lora_rank; column += kVecs * kVecSize) {
+        absorb_columns<N, kVecs>(head, token, column, q_nope, load_depth);
+      }
+      for (; column < p_.kv_lora_rank; column += kVecSize) {
+        absorb_columns<N, 1>(head, token, column, q_nope, load_depth);
+      }
+    }
+    if constexpr (N > 1) absorb<N / 2>(head, token, end);
+  }
+
+  // V vectors of columns; a single one may be the last and partial.
+  template <int N, int V, class LoadDepth>
+  void absorb_columns(index_t head, index_t token, index_t column, const float (*q_nope)[kDepth],
+                      const LoadDepth& load_depth) const {
+    const index_t size = V > 1 ? kVecSize : p_.kv_lora_rank - column;
+    const T* w_uk = static_cast<const T*>(p_.w_uk) + head * p_.w_uk_stride_head + column;
+    Vec sums[N][V] = {};
+    for (index_t depth = 0; depth < p_.qk_nope_head_dim; depth += kDepth) {
+      load_depth(depth);
+      const index_t rows = min(kDepth, p_.qk_nope_head_dim - depth);
+      for (index_t k = 0; k < rows; ++k, w_uk += p_.w_uk_stride_row) {
+        Vec w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = load_up_to(w_uk + v * kVecSize, size);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; ++t) {
+          const Vec number = broadcast(q_nope[t][k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sums[t][v] = fma(number, w[v], sums[t][v]);
+        }
+      }
+    }
+    for (int t = 0; t < N; ++t) {
+      T* out = q(token + t, head) + column;
+      for (int v = 0; v < V; ++v) store_up_to(out + v * kVecSize, sums[t][v], size);
+    }
+  }
+
+  const MlaProjectParams& p_;
+  const index_t head_dim_, cache_dim_;
+};
+
+}  // namespace
+
+void rms_norm_cpu(const RmsNormParams& p, const ParallelFor& parallel_for) {
+  const index_t grain = max(1, kMinWork / max(1, 2 * p.dim));
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    run(parallel_for, 0, p.num_rows, grain, [&](index_t begin, index_t end) {
+      for (index_t row = begin; row < end; ++row) {
+        normalize(static_cast<const T*>(p.x) + row * p.dim, static_cast<const T*>(p.weight), p.dim,
+                  p.eps, static_cast<T*>(p.out) + row * p.dim);
+      }
+    });
+  });
+}
+
+void mla_project_cpu(const MlaProjectParams& p, const ParallelFor& parallel_for) {
+  // Head by head, so that a worker's blocks share the head's W_UK; the tasks after the last head
+  // append to the cache.
+  const index_t num_blocks = ceil_div(p.num_tokens, kBlock);
+  const index_t work = min(kBlock, p.num_tokens) * p.kv_lora_rank * max(1, p.qk_nope_head_dim);
+  const index_t grain = max(1, kMinWork / max(1, work));
+  with_dtype(p.dtype, [&](auto zero) {
+    const Projection<decltype(zero)> projection(p);
+    run(parallel_for, 0, (p.num_heads + 1) * num_blocks, grain, [&](index_t begin, index_t end) {
+      for (index_t task = begin; task < end; ++task) {
+        const index_t head = task / num_blocks;
+        const index_t first = task % num_blocks * kBlock;
+        const index_t last = min(first + kBlock, p.num_tokens);
+        if (head < p.num_heads) {
+          projection.query(head, first, last);
+        } else {
+          projection.append(first, last);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace transmla::TRANSMLA_ISA

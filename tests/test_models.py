@@ -195,9 +195,7 @@ def test_the_attention_compiles_without_graph_breaks():
 def test_a_layer_alone_is_causal():
     config = llama().config
     config._attn_implementation = None
-    shape = MLAConfig(
-        kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=24, rope_slots=(0, 2, 3, 7)
-    )
+    shape = MLAConfig(kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=24, rope_slots=(0, 2, 3, 7))
     layer = MLAAttention(config, shape, layer_idx=0)
     hidden = torch.randn(1, 9, 64)
     rope = (torch.ones(1, 9, 16), torch.zeros(1, 9, 16))
@@ -210,5 +208,5 @@ def test_a_config_that_does_not_fit_says_so():
     shape = MLAConfig(kv_lora_rank=32, qk_rope_head_dim=4, qk_nope_head_dim=16, v_head_dim=24, rope_slots=(0, 1))
     with pytest.raises(ValueError, match="one entry for each of 3 layers, got 2"):
         AutoModelForCausalLM.from_config(native_config(llama().config, [shape] * 2))
-    with pytest.raises(UnsupportedModelError, match="'gpt2'.*supported are llama"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*supported are llama"):
         native_config(AutoConfig.for_model("gpt2"), [shape])

@@ -41,7 +41,9 @@ def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     class NativeConfig(base_config):  # type: ignore[misc]
         model_type = f"transmla_{base_model_type}"
         # Tensor parallelism would split heads that share one latent.
-        base_model_tp_plan: ClassVar = {k: v for k, v in base_config.base_model_tp_plan.items() if ".self_attn." not in k}
+        base_model_tp_plan: ClassVar = {
+            k: v for k, v in base_config.base_model_tp_plan.items() if ".self_attn." not in k
+        }
         mla: list[dict[str, Any]] | None = None  # MLAConfig.to_dict() of each layer
 
     class NativeModel(base_model):  # type: ignore[misc]

@@ -121,6 +121,7 @@ class PagedLatentCache:
             sequence.blocks = []
             sequence.freed = True
 
+    @torch.inference_mode(False)  # or the pages could be written in inference mode only
     def _grow(self, num_blocks: int) -> None:
         for i, layer in enumerate(self.layers):
             have = layer.size(0)

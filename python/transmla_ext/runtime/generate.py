@@ -145,8 +145,6 @@ def run(
 
     A finished request's pages are free at once; all are when the iterator is closed or fails.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     # The last token needs no position: it is never fed back.

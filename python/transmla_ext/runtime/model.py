@@ -205,8 +205,10 @@ class MLAModel:
             stop: texts that end a generation, cut off with what follows; needs a tokenizer.
             eos: token ids that end a generation; None takes the checkpoint's, () has none.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list; for one text: [text]")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        requests = [self._request(prompt, stop) for prompt in prompts]
+        requests = [self._request(prompt, max_new_tokens, stop) for prompt in prompts]
         for _ in run(self, requests, sampling, seed, self._eos_ids(eos), max_new_tokens):
             pass
         return [
@@ -232,13 +234,18 @@ class MLAModel:
     ) -> Iterator[str]:
         """The text of ``generate([prompt], ...)`` in pieces, each as soon as it can no longer change."""
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        request = self._request(prompt, stop)
-        if request.text is None:
+        request = self._request(prompt, max_new_tokens, stop)
+        text = request.text
+        if text is None:
             raise ValueError("stream needs a tokenizer, and the checkpoint has none")
-        with closing(run(self, [request], sampling, seed, self._eos_ids(eos), max_new_tokens)) as steps:
-            for _ in steps:
-                if piece := request.text.take(final=request.finish_reason is not None):
-                    yield piece
+
+        def pieces() -> Iterator[str]:
+            with closing(run(self, [request], sampling, seed, self._eos_ids(eos), max_new_tokens)) as steps:
+                for _ in steps:
+                    if piece := text.take(final=request.finish_reason is not None):
+                        yield piece
+
+        return pieces()
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of {"role": ..., "content": ...} messages in the checkpoint's chat template, up to the answer."""
@@ -247,13 +254,17 @@ class MLAModel:
         encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
-    def _request(self, prompt: str | Sequence[int], stop: str | Sequence[str]) -> Request:
+    def _request(self, prompt: str | Sequence[int], max_new_tokens: int, stop: str | Sequence[str]) -> Request:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         stop = [stop] if isinstance(stop, str) else list(stop)
+        if not all(stop):
+            raise ValueError("a stop string is empty")
         if self.tokenizer is None and (stop or isinstance(prompt, str)):
             raise ValueError("text prompts and stop strings need a tokenizer, and the checkpoint has none")
-        tokens = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens, stop)
-        return Request(tokens, text)
+        tokens = list(self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt)
+        self._check([tokens], [CachedSequence()])
+        return Request(tokens, None if self.tokenizer is None else TextStream(self.tokenizer, tokens, stop))
 
     def _eos_ids(self, eos: int | Collection[int] | None) -> Collection[int]:
         if eos is None:

@@ -23,7 +23,7 @@ def family(model_type: str) -> Architecture:
 
 
 def lookup(config: PretrainedConfig) -> Architecture:
-    """The family of a model; UnsupportedModelError if it, or a feature its config.json switches on, has no place here."""
+    """The family of a model; UnsupportedModelError if it, or a feature that its config switches on, has no place."""
     architecture = family(config.model_type)
     reason = architecture.unsupported(config)
     if reason is not None:

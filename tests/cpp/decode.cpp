@@ -56,7 +56,10 @@ int main() {
     transmla::mla_decode_cpu(params, transmla::serial());
     std::free(params.workspace);
 
-    double error = 0;
+    int num_wrong = 0;
+    const auto compare = [&](double expected, float actual) {
+      num_wrong += !(std::fabs(expected - actual) < 2e-6);
+    };
     for (int row = 0; row < kBatch * kHeads; ++row) {
       std::vector<double> expected(kRank);
       double total = 0;
@@ -68,12 +71,10 @@ int main() {
         for (int r = 0; r < kRank; ++r) expected[r] += weight * k[r];
         total += weight;
       }
-      error = std::fmax(error, std::fabs(std::log(total) - lse[row]));
-      for (int r = 0; r < kRank; ++r) {
-        error = std::fmax(error, std::fabs(expected[r] / total - out[row * kRank + r]));
-      }
+      compare(std::log(total), lse[row]);
+      for (int r = 0; r < kRank; ++r) compare(expected[r] / total, out[row * kRank + r]);
     }
-    std::printf("%s: largest error %.1e\n", transmla::isa_name(isa), error);
-    if (!(error < 2e-6)) return EXIT_FAILURE;
+    std::printf("%s: %d wrong numbers\n", transmla::isa_name(isa), num_wrong);
+    if (num_wrong > 0) return EXIT_FAILURE;
   }
 }

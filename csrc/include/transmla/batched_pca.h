@@ -8,8 +8,7 @@ namespace transmla {
 struct BatchedPcaParams {
   const double* cov;  // [num_matrices, dim, dim], contiguous, symmetric; the lower triangle is read
   double* eigenvalues;   // [num_matrices, dim], descending
-  double* eigenvectors;  // [num_matrices, dim, dim], one eigenvector a column, largest component
-                         // positive
+  double* eigenvectors;  // [num_matrices, dim, dim], one a column, largest component positive
 
   index_t num_matrices, dim;
 

@@ -56,8 +56,7 @@ class BlockPool {
   }
 
   std::vector<bool> in_use_;
-  std::vector<int32_t>
-      free_;  // a stack: the block freed last is handed out first, while it is in cache
+  std::vector<int32_t> free_;  // a stack: the block freed last is used first, while it is cached
 };
 
 }  // namespace transmla

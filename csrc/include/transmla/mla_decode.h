@@ -6,9 +6,9 @@
 namespace transmla {
 
 struct MlaDecodeParams {
-  const void* q;             // [batch_size, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim]
-  const void* latent_cache;  // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
-  const int32_t* block_table;    // [batch_size, max_blocks]; entries past the end are never read
+  const void* q;               // [batch_size, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim]
+  const void* latent_cache;    // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
+  const int32_t* block_table;  // [batch_size, max_blocks]; entries past the end are never read
   const int32_t* cache_seqlens;  // [batch_size]; tokens in the cache, the seqlen_q new included
   void* out;                     // [batch_size, seqlen_q, num_heads, kv_lora_rank], contiguous
   float* lse;                    // [batch_size, num_heads, seqlen_q], contiguous, natural log

@@ -19,8 +19,8 @@ struct MlaProjectParams {
 
   index_t num_tokens, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim;
   index_t num_blocks, block_size, max_position;
-  index_t w_uk_stride_head,
-      w_uk_stride_row;  // in elements: a slice of kv_b_proj.weight is used in place
+  // Strides in elements: a slice of kv_b_proj.weight is used in place.
+  index_t w_uk_stride_head, w_uk_stride_row;
   index_t cache_stride_block, cache_stride_token;
 
   float norm_eps;  // added to the mean square of the latent

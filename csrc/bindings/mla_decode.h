@@ -48,11 +48,8 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
   check.tensor("block_table", block_table, {ScalarType::Int},
                {{"batch_size", batch_size}, {"max_blocks"}}, Strides::kDenseLastDim);
   check.tensor("cache_seqlens", cache_seqlens, {ScalarType::Int}, {{"batch_size", batch_size}});
-  check.number(kv_lora_rank > 0 && kv_lora_rank <= q.size(3) && kv_lora_rank % 16 == 0,
-               "kv_lora_rank", "a multiple of 16 between 16 and the last dimension of q",
-               kv_lora_rank);
-  check.number((q.size(3) - kv_lora_rank) % 16 == 0, "qk_rope_head_dim", "a multiple of 16",
-               q.size(3) - kv_lora_rank);
+  check.number(kv_lora_rank > 0 && kv_lora_rank <= q.size(3), "kv_lora_rank",
+               "between 1 and the last dimension of q", kv_lora_rank);
   check.number(softcap >= 0, "softcap", "at least 0", softcap);
   check.number(sliding_window >= 0, "sliding_window", "at least 0", sliding_window);
   check.number(num_splits >= 0, "num_splits", "at least 0", num_splits);

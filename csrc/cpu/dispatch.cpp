@@ -27,10 +27,8 @@ ParallelFor serial() {
 }
 
 const char* mla_decode_unsupported(const MlaDecodeParams& params) {
-  if (params.kv_lora_rank <= 0 || params.kv_lora_rank % 16 != 0) {
-    return "kv_lora_rank must be a positive multiple of 16";
-  }
-  if (params.qk_rope_head_dim % 16 != 0) return "qk_rope_head_dim must be a multiple of 16";
+  if (params.kv_lora_rank < 1) return "kv_lora_rank must be at least 1";
+  if (params.qk_rope_head_dim < 0) return "qk_rope_head_dim must be at least 0";
   return nullptr;
 }
 

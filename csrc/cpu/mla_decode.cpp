@@ -147,15 +147,18 @@ void add_scores(const float* const* keys, const float* queries, index_t depth, b
 }
 
 // sums[r][c] = sums[r][c] * correction[r] + sum over t of probabilities[t][r] * values[t][c], for R
-// rows and V vectors of columns. Again the tile is summed from zero.
+// rows and V vectors of `size` columns: fewer than a vector only if V is 1. Again the tile is
+// summed from zero.
 template <int R, int V>
 void add_values(const float* probabilities, const float* const* values, index_t num_tokens,
-                index_t column, const float* correction, float* sums, index_t sums_stride) {
+                index_t column, index_t size, const float* correction, float* sums,
+                index_t sums_stride) {
+  if constexpr (V > 1) size = kVecSize;
   Vec tile[R][V] = {};
   for (index_t t = 0; t < num_tokens; ++t) {
     Vec value[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) value[v] = load(values[t] + column + v * kVecSize);
+    for (int v = 0; v < V; ++v) value[v] = load_up_to(values[t] + column + v * kVecSize, size);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec probability = broadcast(probabilities[t * kRows + r]);
@@ -168,7 +171,7 @@ void add_values(const float* probabilities, const float* const* values, index_t 
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* sum = sums + r * sums_stride + v * kVecSize;
-      store(sum, fma(load(sum), broadcast(correction[r]), tile[r][v]));
+      store_up_to(sum, fma(load_up_to(sum, size), broadcast(correction[r]), tile[r][v]), size);
     }
   }
 }
@@ -220,7 +223,8 @@ class Item {
       const float scale = empty ? 0 : 1 / s_.total[r];
       const float* sums = s_.sums + r * p_.kv_lora_rank;
       for (index_t c = 0; c < p_.kv_lora_rank; c += kVecSize) {
-        store(out + r * p_.kv_lora_rank + c, load(sums + c) * scale);
+        const index_t size = p_.kv_lora_rank - c;
+        store_up_to(out + r * p_.kv_lora_rank + c, load_up_to(sums + c, size) * scale, size);
       }
       lse[lse_index(first_row_ + r)] = empty ? -INFINITY : fmaf(s_.top[r], kLn2, logf(s_.total[r]));
     }
@@ -243,8 +247,8 @@ class Item {
       const T* q = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
                    row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
       for (index_t d = 0; d < dim_; d += kVecSize) {
-        const Vec scaled = load(q + d) * scale;
-        for (int i = 0; i < kVecSize; ++i) to[(d + i) * width] = scaled[i];
+        const Vec scaled = load_up_to(q + d, dim_ - d) * scale;
+        for (index_t i = 0; i < min(kVecSize, dim_ - d); ++i) to[(d + i) * width] = scaled[i];
       }
     }
   }
@@ -264,7 +268,7 @@ class Item {
   const float* as_floats(const float* row, float*) { return row; }
   template <class Half>
   const float* as_floats(const Half* row, float* to) {
-    for (index_t d = 0; d < dim_; d += kVecSize) store(to + d, load(row + d));
+    for (index_t d = 0; d < dim_; d += kVecSize) store(to + d, load_up_to(row + d, dim_ - d));
     return to;
   }
 
@@ -345,8 +349,9 @@ class Item {
 
   template <int R, int V>
   void accumulate_block(index_t num_tokens, index_t column, index_t row) {
-    add_values<R, V>(s_.scores + row, rows_, num_tokens, column, s_.correction + row,
-                     s_.sums + row * p_.kv_lora_rank + column, p_.kv_lora_rank);
+    add_values<R, V>(s_.scores + row, rows_, num_tokens, column, p_.kv_lora_rank - column,
+                     s_.correction + row, s_.sums + row * p_.kv_lora_rank + column,
+                     p_.kv_lora_rank);
   }
 
   const MlaDecodeParams& p_;
@@ -405,12 +410,13 @@ void merge_parts(const MlaDecodeParams& p, const Workspace& workspace, index_t b
   const float* parts = workspace.part_out + (first * num_rows + row) * p.kv_lora_rank;
   T* out = static_cast<T*>(p.out) + (batch * num_rows + row) * p.kv_lora_rank;
   for (index_t c = 0; c < p.kv_lora_rank; c += kVecSize) {
+    const index_t size = p.kv_lora_rank - c;
     Vec sum = {};
     for (index_t i = 0; i < num_parts; ++i) {
-      const Vec part = load(parts + i * num_rows * p.kv_lora_rank + c);
+      const Vec part = load_up_to(parts + i * num_rows * p.kv_lora_rank + c, size);
       sum = fma(part, broadcast(weights[i * num_rows]), sum);
     }
-    store(out + c, sum * scale);
+    store_up_to(out + c, sum * scale, size);
   }
   p.lse[batch * num_rows + row % p.num_heads * p.seqlen_q + row / p.num_heads] =
       total == 0 ? -INFINITY : shift + logf(total);

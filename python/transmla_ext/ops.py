@@ -81,7 +81,7 @@ def mla_decode(
         latent_cache: [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim], dtype of q; latent first, RoPE last.
         block_table: [batch_size, max_blocks], int32; entries past the sequence's end are never read.
         cache_seqlens: [batch_size], int32, tokens in the cache *including* the seqlen_q new ones, or 0.
-        kv_lora_rank: numbers of the latent, a multiple of 16; the rest of the last dimension is the RoPE key.
+        kv_lora_rank: numbers of the latent; the rest of the last dimension is the RoPE key.
         softmax_scale: applied to q·k before the softmax.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         sliding_window: a query sees itself and the sliding_window - 1 tokens before it; 0 is off.

@@ -180,7 +180,7 @@ inline void store_up_to(T* p, Vec v, index_t n) {
   store(p, v);
 }
 
-// 2^x: relative error below 2e-7; 0 below -126, and for -inf.
+// 2^x: relative error below 1e-7; 0 below -126, and for -inf.
 inline Vec exp2(Vec x) {
   const Vec clamped = max(broadcast(-127.0f), min(broadcast(127.0f), x));
   const Vec shifted = clamped + 0x1.8p23f;  // the sum's last bits are the nearest integer

@@ -15,7 +15,7 @@ namespace {
 struct Shape {
   index_t seqlen_q, num_heads, kv_lora_rank, qk_rope_head_dim, block_size;
 };
-constexpr Shape kShapes[] = {{1, 1, 16, 16, 1}, {2, 17, 48, 0, 7}, {3, 11, 80, 32, 16}};
+constexpr Shape kShapes[] = {{1, 1, 16, 16, 1}, {2, 17, 48, 0, 7}, {3, 11, 83, 10, 16}};
 
 struct Options {
   float softcap;

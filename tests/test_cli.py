@@ -4,52 +4,77 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from transmla_ext.cli import main
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "transmla_ext", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """run(*arguments): the console script, in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["transmla", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return Result(exit_.value.code or 0, out, err)
+
+    return call
 
 
 SMALL = ("--kv-lora-rank", 24, "--qk-rope-head-dim", 8, "--calibration-tokens", 512, "--sequence-length", 128)
 
 
-def test_convert_then_generate(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_convert_then_generate(run: Callable[..., Result], tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     model, out = tiny_llama(), tmp_path / "out"
     planned = run("convert", model, out, *SMALL, "--dry-run")
-    assert planned.returncode == 0, planned.stderr
-    assert "50.00%" in planned.stdout
+    assert planned.code == 0, planned.err
+    assert "50.00%" in planned.out
     assert not list(tmp_path.iterdir())
 
     converted = run("convert", model, out, *SMALL)
-    assert converted.returncode == 0, converted.stderr
-    assert "excess nats" in converted.stdout
+    assert converted.code == 0, converted.err
+    assert "excess nats" in converted.out
     first, second = (run("generate", out, "while True:", "--max-new-tokens", 8) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout
-    assert first.stdout.strip()
+    assert first.code == 0, first.err
+    assert first.out == second.out
+    assert first.out.strip()
 
 
-def test_a_mistake_is_one_line_that_says_what_to_do(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_that_says_what_to_do(
+    run: Callable[..., Result], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     bad = run("convert", tiny_llama(), tmp_path / "out", *SMALL)
-    assert bad.returncode == 2
-    assert bad.stderr.startswith("error: ")
-    assert "--overwrite" in bad.stderr
-    assert len(bad.stderr.splitlines()) == 1
-    assert run("generate", tiny_llama(), "x").stderr.startswith("error: ")
+    assert bad.code == 2
+    assert bad.err.startswith("error: ")
+    assert "--overwrite" in bad.err
+    assert len(bad.err.splitlines()) == 1
+    assert run("generate", tiny_llama(), "x").err.startswith("error: ")
 
 
-def test_env_names_versions_and_kernels() -> None:
+def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
     result = run("env")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     for word in ("torch", "transformers", "cpu kernels", "build"):
-        assert word in result.stdout
+        assert word in result.out
 
 
 @pytest.mark.parametrize("command", ["convert", "generate"])
-def test_help_has_examples(command: str) -> None:
-    assert "Example" in run(command, "--help").stdout
+def test_help_has_examples(run: Callable[..., Result], command: str) -> None:
+    assert "Example" in run(command, "--help").out
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "transmla_ext", "--help"]
+    assert "convert" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

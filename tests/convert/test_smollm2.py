@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import transmla_ext
+from transmla_ext.convert import ConversionReport
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> list[int]:
     return out[0, prompt.shape[1] :].tolist()
 
 
-def convert(model: Path, out: Path, text: str, **options: object) -> transmla_ext.convert.ConversionReport:
+def convert(model: Path, out: Path, text: str, **options: object) -> ConversionReport:
     return transmla_ext.convert(model, out, calibration=[text], progress=False, **options)
 
 

@@ -164,6 +164,29 @@ def test_load_refuses_missing_and_unexpected_tensors(tmp_path, checkpoint):
         load(path)
 
 
+def test_load_refuses_damaged_files(tmp_path, checkpoint):
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load(path)
+    (path / "model.safetensors").write_bytes(weights)
+    config = json.loads((path / "config.json").read_text())
+    for damage, message in (
+        ({"mla": config["mla"][:2]}, "mla must hold one entry for each of 3 layers, got 2"),
+        ({"intermediate_size": 97}, "cannot be loaded"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | damage))
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+
+
+def test_the_stock_format_is_no_fp16(checkpoints):
+    with pytest.raises(UnsupportedModelError, match="not in fp16"):
+        load(checkpoints["stock"], dtype="float16")
+    load(checkpoints["native"], dtype="float16").generate([[1, 2, 3]], max_new_tokens=3)
+
+
 @pytest.mark.parametrize("fields", [{"attention_bias": True}, {"rope_interleave": False}, {"kv_lora_rank": 24}])
 def test_load_refuses_deepseek_variants_that_it_would_get_wrong(tmp_path, checkpoints, fields):
     config = json.loads((checkpoints["stock"] / "config.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import MLAConfig
@@ -53,14 +54,17 @@ def load(
     _check_checkpoint(path)
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     model, info = loaded
     # transformers would fill what is missing with random numbers, and drop what it has no place for.
     for problem in ("missing_keys", "unexpected_keys"):
@@ -105,6 +109,9 @@ class MLAModel:
     ) -> None:
         if model.dtype not in _DTYPES:
             raise UnsupportedModelError(f"weights must be one of {', '.join(map(str, _DTYPES))}, got {model.dtype}")
+        if model.dtype == torch.float16 and model.config.model_type == "deepseek_v3":
+            # The stock format scales latents down until their norm is constant, out of what fp16 can hold.
+            raise UnsupportedModelError("deepseek_v3 checkpoints run in bf16 or fp32, not in fp16")
         shapes = [aligned(shape) for shape in _layer_shapes(model.config)]
         model.eval().requires_grad_(False)
         self.config = model.config
@@ -307,12 +314,9 @@ class MLAModel:
         start = 0
         for sequence, num, blocks in zip(sequences, num_new, block_table, strict=True):
             seqlen = sequence.length
-            # Row i of the new tokens sees the seqlen - num tokens before them and i + 1 of them.
-            mask = (
-                torch.ones(num, seqlen, dtype=torch.bool, device=self.device).tril(seqlen - num)
-                if num < seqlen
-                else None
-            )
+            mask = None
+            if num < seqlen:
+                mask = torch.ones(num, seqlen, dtype=torch.bool, device=self.device).tril(seqlen - num)
             pieces.append(Piece(slice(start, start + num), seqlen, blocks[: -(-seqlen // self.cache.block_size)], mask))
             start += num
         return pieces

@@ -11,6 +11,8 @@ from transmla_ext import MLAConfig
 from transmla_ext.errors import UnsupportedModelError
 from transmla_ext.models import MLAAttention, native_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e4},
     "llama3": {

@@ -35,16 +35,7 @@ def model(checkpoint):
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
+def uninitialised_memory_is_nan(one_thread):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # So small are the models that a step would mostly wait for its second thread.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)

@@ -31,21 +31,38 @@ void normalize(const T* x, const T* weight, index_t n, float eps, T* out) {
   }
 }
 
-// Pairs (2j, 2j + 1) turn by the angle with cosine cos_sin[j] and sine cos_sin[n / 2 + j].
+// A pair of neighbours is one 64-bit lane.
+typedef uint64_t PairVec __attribute__((vector_size(kVecBytes)));
+typedef uint32_t HalfOfPairVec __attribute__((vector_size(kVecBytes / 2)));
+
+// {p[0], p[0], p[1], p[1], ...}
+Vec load_twice(const float* p) {
+  HalfOfPairVec half;
+  memcpy(&half, p, sizeof half);
+  const PairVec low = __builtin_convertvector(half, PairVec);
+  return (Vec)(low | low << 32);
+}
+
+// Turns the pairs (even, odd) into (even cos - odd sin, odd cos + even sin).
+Vec turn(Vec pairs, const float* cosines, const float* sines) {
+  const PairVec bits = (PairVec)pairs;
+  const Vec swapped = (Vec)(bits << 32 | bits >> 32);
+  const Vec minus_plus_sine = (Vec)((PairVec)load_twice(sines) ^ 0x80000000);
+  return fma(swapped, minus_plus_sine, pairs * load_twice(cosines));
+}
+
+// cos_sin holds the cosines of the n / 2 pairs, then their sines.
 template <class T>
 void rotate(const T* x, const float* cos_sin, index_t n, T* out) {
-  for (index_t i = 0; i < n; i += kVecSize) {
-    float numbers[kVecSize];
-    store(numbers, load_up_to(x + i, n - i));
-    const float* cosines = cos_sin + i / 2;
-    const float* sines = cosines + n / 2;
-    for (index_t j = 0; j < min(kVecSize, n - i) / 2; ++j) {
-      const float even = numbers[2 * j];
-      const float odd = numbers[2 * j + 1];
-      numbers[2 * j] = even * cosines[j] - odd * sines[j];
-      numbers[2 * j + 1] = even * sines[j] + odd * cosines[j];
-    }
-    store_up_to(out + i, load(numbers), n - i);
+  index_t i = 0;
+  for (; i + kVecSize <= n; i += kVecSize) {
+    store(out + i, turn(load(x + i), cos_sin + i / 2, cos_sin + (n + i) / 2));
+  }
+  if (i < n) {
+    float cosines[kVecSize / 2] = {}, sines[kVecSize / 2] = {};
+    memcpy(cosines, cos_sin + i / 2, (n - i) / 2 * sizeof(float));
+    memcpy(sines, cos_sin + (n + i) / 2, (n - i) / 2 * sizeof(float));
+    store_first(out + i, turn(load_first(x + i, n - i), cosines, sines), n - i);
   }
 }
 

@@ -26,7 +26,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     core.reset_isa()
 
 
-@pytest.fixture(params=[1, 2], ids="threads={}".format)
+@pytest.fixture(params=[1, 2], ids="{}threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the test with one thread and with two."""
     before = torch.get_num_threads()

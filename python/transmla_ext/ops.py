@@ -150,6 +150,8 @@ def batched_pca(cov: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         eigenvalues [num_matrices, dim] and eigenvectors [num_matrices, dim, dim], one a column, its largest component
         positive; dtype of cov, computed in fp64. Matrices too large for a core's cache go to LAPACK through torch.
+    Raises:
+        RuntimeError: a number is not finite.
     """
     out: tuple[Tensor, Tensor] = torch.ops.transmla.batched_pca(cov)
     return out
@@ -168,6 +170,8 @@ def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         u [num_matrices, rows, k], s [num_matrices, k] descending and vh [num_matrices, k, cols], k = min(rows, cols);
         dtype of a, computed in fp64. Matrices too large for a core's cache go to LAPACK through torch.
+    Raises:
+        RuntimeError: a number is not finite.
     """
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.transmla.batched_svd(a)
     return out

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -14,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ..config import MLAConfig
-from .rope import rotate_pairs
+from .functional import equal_head_dims, rotate_pairs
 
 __all__ = ["MLAAttention"]
 
@@ -105,10 +104,7 @@ class MLAAttention(nn.Module):
         k_nope, value = kv.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
         query = torch.cat((q_nope, q_pe), dim=-1)
         key = torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        # Fused attention wants one head size: without the zeros it is five times slower on a CPU.
-        head_dim = max(query.size(-1), mla.v_head_dim)
-        query, key, value = (F.pad(x, (0, head_dim - x.size(-1))) for x in (query, key, value))
-        out, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        out, weights = self._attend(*equal_head_dims(query, key, value), attention_mask, **kwargs)
         return out[..., : mla.v_head_dim], weights
 
     def _absorbed(

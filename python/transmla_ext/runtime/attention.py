@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import MLAConfig
-from ..models.rope import rotate_pairs
+from ..models.functional import equal_head_dims, rotate_pairs
 from .cache import StepTables
 
 __all__ = ["PagedAttention", "Piece", "Step", "aligned"]
@@ -143,9 +143,7 @@ class PagedAttention(nn.Module):
         kv = F.linear(latent, self.w_kv_b).unflatten(-1, (num_heads, -1))
         k_nope, value = kv.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
         key = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, num_heads, -1)), dim=-1)
-        # Fused attention wants one head size: without the zeros it is five times slower on a CPU.
-        head_dim = max(q.size(-1), mla.v_head_dim)
-        q, key, value = (F.pad(x, (0, head_dim - x.size(-1))).transpose(0, 1).unsqueeze(0) for x in (q, key, value))
+        q, key, value = (x.transpose(0, 1).unsqueeze(0) for x in equal_head_dims(q, key, value))
         out = F.scaled_dot_product_attention(
             q, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )

@@ -145,7 +145,7 @@ class MLAModel:
         prompts: Sequence[Sequence[int]],
         *,
         sequences: Sequence[CachedSequence] | None = None,
-        chunk_size: int = 2048,
+        chunk_size: int = 4096,
     ) -> tuple[Tensor, list[CachedSequence]]:
         """Logits [batch_size, vocab_size] after the last token of each prompt, and the sequences' handles.
 

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def test_killed_conversion_resumes_to_the_same_bytes(tiny_llama: Callable[..., P
         process = start(model, killed)
         while process.poll() is None and len(list(partial.glob("layer-*.json"))) < layers_done:
             time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.01))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"finished before layer {layers_done}: nothing was interrupted"
         assert not killed.exists()

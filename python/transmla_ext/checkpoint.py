@@ -10,16 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import family
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Checkpoint", "Staging", "check_out_path", "open_checkpoint", "skeleton", "staging"]
 
@@ -279,6 +281,8 @@ def _model_type(config_json: Path) -> str:
 
 
 def _read_config(path: Path, model_type: str, **kwargs: Any) -> PretrainedConfig:
+    from transformers import AutoConfig
+
     family(model_type)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -290,6 +294,8 @@ def _read_config(path: Path, model_type: str, **kwargs: Any) -> PretrainedConfig
 
 
 def _read_tokenizer(path: Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **kwargs

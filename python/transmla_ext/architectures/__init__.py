@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from .base import Architecture, AttentionShape, Projections
 from .llama import Llama
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["ARCHITECTURES", "Architecture", "AttentionShape", "Projections", "family", "lookup"]
 

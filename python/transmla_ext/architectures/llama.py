@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PretrainedConfig
 
 from .base import Architecture, AttentionShape, Projections
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["Llama"]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
+from .. import models
 from ..architectures import Architecture, AttentionShape
 from ..config import MLAConfig
 from ..errors import UnsupportedModelError
-from ..models import native_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["Export", "Format", "NativeExport", "StockExport", "check_stock"]
 
@@ -50,7 +52,7 @@ class NativeExport(Export):
     """The original architecture with its attention replaced; loads with `import transmla_ext`."""
 
     def config(self, layers: Sequence[MLAConfig]) -> dict[str, Any]:
-        return _json_config(native_config(self.base, layers).to_dict(), self.dtype)
+        return _json_config(models.native_config(self.base, layers).to_dict(), self.dtype)
 
 
 class StockExport(Export):

@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AutoConfig
 from typing_extensions import Unpack
 
+from .. import models
 from ..architectures import AttentionShape, Projections, lookup
 from ..checkpoint import Checkpoint, Staging, check_out_path, open_checkpoint, skeleton, staging
 from ..config import MLAConfig
 from ..errors import CheckpointError
-from ..models import MLAAttention
 from .calibrate import (
     BATCH_TOKENS,
     AttentionIO,
@@ -38,6 +37,9 @@ from .layer import MLALayer, build_layer
 from .low_rank import joint_latent, leading_basis
 from .report import ConversionPlan, ConversionReport, LayerReport
 from .rope_split import freqfolds, rope_slots, split_rope
+
+if TYPE_CHECKING:
+    from ..models import MLAAttention
 
 __all__ = ["ConversionOptions", "convert", "plan"]
 
@@ -319,7 +321,7 @@ def _convert_layer(
 
 
 def _attention(job: _Job, layer: MLALayer) -> MLAAttention:
-    attention = MLAAttention(job.source.config, layer.config, layer_idx=0)
+    attention: MLAAttention = models.MLAAttention(job.source.config, layer.config, layer_idx=0)
     attention.load_state_dict(layer.weights, assign=True)
     return attention.to(job.device).requires_grad_(False).eval()
 
@@ -419,6 +421,8 @@ def _check_weights(source: Checkpoint, bar: Progress) -> None:
 
 
 def _output_bytes(export: Export, target: MLAConfig, num_layers: int) -> int:
+    from transformers import AutoConfig
+
     config = AutoConfig.for_model(**export.config([target] * num_layers))
     numbers: int = sum(parameter.numel() for parameter in skeleton(config).parameters())
     return numbers * export.dtype.itemsize

@@ -169,6 +169,7 @@ size_t batched_pca_cpu_workspace_size(const BatchedPcaParams& p, int num_threads
 
 void batched_pca_cpu(const BatchedPcaParams& p, const ParallelFor& parallel_for) {
   const index_t n = p.dim;
+  if (n == 0) return;
   run_items(parallel_for, p.num_matrices, [&](index_t matrix, index_t worker) {
     double* a = static_cast<double*>(p.workspace) + worker * doubles_per_worker(n);
     double* vectors = a + n * n;

@@ -166,6 +166,7 @@ size_t batched_svd_cpu_workspace_size(const BatchedSvdParams& p, int num_threads
 void batched_svd_cpu(const BatchedSvdParams& p, const ParallelFor& parallel_for) {
   const index_t n = min(p.rows, p.cols);
   const index_t m = max(p.rows, p.cols);
+  if (n == 0) return;
   run_items(parallel_for, p.num_matrices, [&](index_t matrix, index_t worker) {
     double* columns = static_cast<double*>(p.workspace) + worker * doubles_per_worker(n, m);
     double* left = columns + n * m;

@@ -321,7 +321,8 @@ def _convert_layer(
 
 
 def _attention(job: _Job, layer: MLALayer) -> MLAAttention:
-    attention: MLAAttention = models.MLAAttention(job.source.config, layer.config, layer_idx=0)
+    with torch.device("meta"):
+        attention: MLAAttention = models.MLAAttention(job.source.config, layer.config, layer_idx=0)
     attention.load_state_dict(layer.weights, assign=True)
     return attention.to(job.device).requires_grad_(False).eval()
 

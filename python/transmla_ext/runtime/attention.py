@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +15,7 @@ from ..config import MLAConfig
 from ..models.functional import equal_head_dims, rotate_pairs
 from .cache import StepTables
 
-__all__ = ["PagedAttention", "Piece", "Step", "aligned"]
-
-
-def aligned(mla: MLAConfig) -> MLAConfig:
-    """mla with the ranks rounded up to what the ops take, multiples of 16; the numbers added are zeros in the cache."""
-    rank, rope = (-(-size // 16) * 16 for size in (mla.kv_lora_rank, mla.qk_rope_head_dim))
-    slots = mla.rope_slots + (0,) * ((rope - mla.qk_rope_head_dim) // 2)
-    return replace(mla, kv_lora_rank=rank, qk_rope_head_dim=rope, rope_slots=slots)
+__all__ = ["PagedAttention", "Piece", "Step"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class PagedAttention(nn.Module):
 
     Args:
         attention: MLAAttention or DeepseekV3Attention.
-        mla: its shape, ``aligned``.
+        mla: its shape.
         layer_idx: which of the step's caches is this layer's.
     """
 
@@ -62,18 +55,14 @@ class PagedAttention(nn.Module):
         self.layer_idx = layer_idx
         self.softmax_scale = float(attention.scaling)
         self.o_proj = attention.o_proj
-        w_kv_a, w_kv_b = attention.kv_a_proj_with_mqa.weight, attention.kv_b_proj.weight
-        w_latent, w_k_pe = w_kv_a.tensor_split((w_kv_b.size(1),))
-        self.w_kv_a = torch.cat((_extended(w_latent, 0, mla.kv_lora_rank), _extended(w_k_pe, 0, mla.qk_rope_head_dim)))
-        self.w_kv_b = _extended(w_kv_b, 1, mla.kv_lora_rank)
+        self.w_kv_a = attention.kv_a_proj_with_mqa.weight
+        self.w_kv_b = attention.kv_b_proj.weight
         self.w_uk, w_uv = self.w_kv_b.unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim)).split(
             (mla.qk_nope_head_dim, mla.v_head_dim), dim=1
         )
         self.w_uv_t = w_uv.mT
         self.w_q_a = attention.q_a_proj.weight if mla.q_lora_rank is not None else None
-        w_q = (attention.q_proj if mla.q_lora_rank is None else attention.q_b_proj).weight
-        w_q = w_q.unflatten(0, (self.w_uk.size(0), -1))
-        self.w_q = _extended(w_q, 1, mla.qk_nope_head_dim + mla.qk_rope_head_dim).flatten(0, 1)
+        self.w_q = (attention.q_proj if mla.q_lora_rank is None else attention.q_b_proj).weight
         q_a_norm, kv_norm = (getattr(attention, name, None) for name in ("q_a_layernorm", "kv_a_layernorm"))
         self.q_a_norm = None if q_a_norm is None else q_a_norm.weight
         self.kv_norm = None if kv_norm is None else kv_norm.weight
@@ -148,10 +137,3 @@ class PagedAttention(nn.Module):
             q, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
         return out[0, ..., : mla.v_head_dim].transpose(0, 1)
-
-
-def _extended(weight: Tensor, dim: int, size: int) -> Tensor:
-    """weight, with zeros after it along dim up to size."""
-    missing = list(weight.shape)
-    missing[dim] = size - weight.size(dim)
-    return torch.cat((weight, weight.new_zeros(missing)), dim) if missing[dim] else weight

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import MLAConfig
 from ..errors import CheckpointError, UnsupportedModelError
 from ..models import SUPPORTED
-from .attention import PagedAttention, Piece, Step, aligned
+from .attention import PagedAttention, Piece, Step
 from .cache import CachedSequence, PagedLatentCache
 from .generate import Generation, Request, Sampling, TextStream, run
 
@@ -112,7 +112,7 @@ class MLAModel:
         if model.dtype == torch.float16 and model.config.model_type == "deepseek_v3":
             # The stock format scales latents down until their norm is constant, out of what fp16 can hold.
             raise UnsupportedModelError("deepseek_v3 checkpoints run in bf16 or fp32, not in fp16")
-        shapes = [aligned(shape) for shape in _layer_shapes(model.config)]
+        shapes = _layer_shapes(model.config)
         model.eval().requires_grad_(False)
         self.config = model.config
         self.tokenizer = tokenizer
@@ -343,8 +343,6 @@ def _layer_shapes(config: PretrainedConfig) -> list[MLAConfig]:
         return [MLAConfig(**fields) for fields in config.mla]
     if config.attention_bias or not config.rope_interleave:
         raise UnsupportedModelError("deepseek_v3 with attention_bias or without rope_interleave is not supported")
-    if config.kv_lora_rank % 16:
-        raise UnsupportedModelError(f"deepseek_v3 with kv_lora_rank={config.kv_lora_rank}, not a multiple of 16")
     shape = MLAConfig(
         kv_lora_rank=config.kv_lora_rank,
         qk_rope_head_dim=config.qk_rope_head_dim,

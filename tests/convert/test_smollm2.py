@@ -1,6 +1,5 @@
 """The claims of the README on a real model, SmolLM2-135M: exactness, equality of the formats, quality, memory."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,18 +79,20 @@ def test_stock_checkpoint_equals_the_native_model(
             **chosen,
         )
     tokens = token_rows(smollm2, topics_text.held_out, 2, 256)
-    native, stock = logits(load(tmp_path / "transmla"), tokens), load(tmp_path / "deepseek_v3")
+    native_model, stock = load(tmp_path / "transmla"), load(tmp_path / "deepseek_v3")
     assert type(stock).__module__.startswith("transformers.models.deepseek_v3")
+    native = logits(native_model, tokens)
     assert kl(native, logits(stock, tokens)) <= 1e-6
 
-    original = load(smollm2)
-    exact = logits(original, tokens)
-    noise = kl(exact, logits(original.to(torch.bfloat16), tokens))
-    assert kl(native, logits(stock.to(torch.bfloat16), tokens)) <= 1.5 * noise
+    stock_noise = kl(native, logits(stock.to(torch.bfloat16), tokens))
+    assert stock_noise <= 1.2 * kl(native, logits(native_model.to(torch.bfloat16), tokens))
     if shape["kv_lora_rank"] == 320:
         assert stock.config.kv_lora_rank == 512
         assert stock.config.qk_nope_head_dim == stock.config.v_head_dim == 128
-    del original, native, exact
+        # Nothing was lost, so the noise may be held against the original's own.
+        original = load(smollm2)
+        exact = logits(original, tokens)
+        assert stock_noise <= 1.5 * kl(exact, logits(original.to(torch.bfloat16), tokens))
     # The runtime reads both formats and agrees with transformers.
     prompt = tokens[0, :32].tolist()
     for format in ("transmla", "deepseek_v3"):
@@ -128,12 +129,12 @@ def test_peak_memory_of_a_conversion(smollm2: Path, tmp_path: Path) -> None:
         "import sys, transmla_ext\n"
         "transmla_ext.convert(sys.argv[1], sys.argv[2], kv_lora_rank=88, qk_rope_head_dim=32, freqfold=2,\n"
         "                     calibration_tokens=32768, progress=False)\n"
+        # Not ru_maxrss: that starts at what the parent had when it forked.
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(smollm2), str(tmp_path / "out")])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    resident = usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", script, str(smollm2), str(tmp_path / "out")]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    resident = int(printed.split()[1]) * 1024
     assert resident < 2.5e9
     plan = transmla_ext.plan(smollm2, kv_lora_rank=88, qk_rope_head_dim=32, calibration_tokens=32768)
     assert 0.6 * plan.peak_memory_bytes < resident < 1.2 * plan.peak_memory_bytes

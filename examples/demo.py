@@ -150,6 +150,7 @@ def draw(before: Measured, after: Measured, report: Any, path: Path) -> None:
         bars = axes.bar(["original", "MLA"], values, color=["tab:gray", "tab:blue"])
         axes.bar_label(bars, fmt="{:,.5g}")
         axes.set_title(title)
+        axes.margins(y=0.1)
     for offset, color, values in (
         (-0.2, "tab:gray", before.tokens_per_second),
         (0.2, "tab:blue", after.tokens_per_second),
@@ -158,6 +159,7 @@ def draw(before: Measured, after: Measured, report: Any, path: Path) -> None:
         speed.bar_label(bars, fmt="{:.1f}")
     speed.set_xticks(range(len(CONTEXTS)), [f"context {context:,}" for context in CONTEXTS])
     speed.set_title("decode tokens/s")
+    speed.margins(y=0.1)
     layers.bar(range(len(report.layers)), [layer.attention_error for layer in report.layers], color="tab:red")
     layers.set(title="attention-output error", xlabel="layer")
     figure.suptitle("SmolLM2-135M, before (gray) and after (blue) conversion to MLA, without training")

@@ -103,8 +103,8 @@ def test_stock_checkpoint_equals_the_native_model(
 
 def test_perplexity_is_that_of_a_straightforward_transmla(smollm2: Path, topics_text: Text, tmp_path: Path) -> None:
     """Within 10 % of the independent implementation, at 32 + 88 numbers a token, FreqFold 2 and 4."""
-    calibration = token_rows(smollm2, topics_text.calibration, 16)
-    test = token_rows(smollm2, topics_text.held_out, 8)
+    calibration = token_rows(smollm2, topics_text.calibration, 12)
+    test = token_rows(smollm2, topics_text.held_out, 6)
     original = load(smollm2)
     inputs = straightforward.attention_inputs(original, calibration)
     for freqfold in (2, 4):

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConversionOptions", "convert", "plan"]
 
-_LIBRARIES_BYTES = 600_000_000  # resident with torch and transformers loaded
+_LIBRARIES_BYTES = 700_000_000  # resident with torch and transformers loaded, allocator slack included
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -206,7 +206,9 @@ class _Job:
             cache_bytes_before=shape.cache_dim * per_number,
             cache_bytes_after=export.cache_dim(target) * per_number,
             output_bytes=_output_bytes(export, target, num_layers),
-            peak_memory_bytes=_peak_memory(source, shape, (num_train + 2 * num_held_out) * sequence_length),
+            peak_memory_bytes=_peak_memory(
+                source, shape, (num_train + 2 * num_held_out) * sequence_length, sequence_length
+            ),
         )
         return _Job(
             source, shape, target, folds, export, calibration_tokens, sequence_length, torch.device(device), job_plan
@@ -429,13 +431,16 @@ def _output_bytes(export: Export, target: MLAConfig, num_layers: int) -> int:
     return numbers * export.dtype.itemsize
 
 
-def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int) -> int:
+def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int, sequence_length: int) -> int:
     """Estimate: the libraries, the streams, and the larger of (a layer being converted, the output head)."""
     layer = {name: dims for name, dims in source.shapes.items() if name.startswith("model.layers.0.")}
     weights = 2 * 4 * sum(math.prod(dims) for dims in layer.values())
     moments = 4 * 8 * shape.cache_dim**2  # state, balanced copy, eigenvectors, LAPACK's workspace
     activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[0] for dims in layer.values()))
-    head = 4 * math.prod(source.shapes["model.embed_tokens.weight"]) * 2
+    vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
+    head = (
+        4 * vocab_size * (2 * hidden_size + 4 * sequence_length)
+    )  # logits of a sequence, and what the loss makes of them
     streams = 4 * num_tokens * shape.hidden_size
     return _LIBRARIES_BYTES + streams + max(weights + moments + activations, head)
 

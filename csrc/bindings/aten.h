@@ -24,9 +24,10 @@ std::array<Tensor, kOutputs> call_aten(const char* op, const char* overload, con
   return outputs;
 }
 
-// x wᵀ
-inline Tensor linear(const Tensor& x, const Tensor& w) {
-  return call_aten<1>("aten::linear", "", x, w, std::optional<Tensor>())[0];
+// x wᵀ + bias
+inline Tensor linear(const Tensor& x, const Tensor& w,
+                     const std::optional<Tensor>& bias = std::nullopt) {
+  return call_aten<1>("aten::linear", "", x, w, bias)[0];
 }
 
 inline Tensor to_dtype(const Tensor& x, torch::headeronly::ScalarType dtype) {

@@ -24,7 +24,8 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
                    const Tensor& w_uk, const Tensor& cos_sin, const Tensor& positions,
                    const Tensor& slot_mapping, const Tensor& latent_cache,
                    const std::optional<Tensor>& w_q_a, const std::optional<Tensor>& q_a_norm,
-                   const std::optional<Tensor>& kv_norm, double norm_eps) {
+                   const std::optional<Tensor>& kv_norm, const std::optional<Tensor>& b_q,
+                   const std::optional<Tensor>& b_kv_a, double norm_eps) {
   const Check check("mla_project", hidden);
   check.tensor("hidden", hidden, kFloats, {{"num_tokens"}, {"hidden_size"}}, Strides::kAny);
   const DTypes dtype = {hidden.scalar_type()};
@@ -53,14 +54,13 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
     check.tensor("q_a_norm", *q_a_norm, dtype, {q_in});
   }
   if (kv_norm) check.tensor("kv_norm", *kv_norm, dtype, {{"kv_lora_rank", kv_lora_rank}});
-  check.tensor("w_q", w_q, dtype,
-               {{"num_heads * (qk_nope_head_dim + qk_rope_head_dim)",
-                 num_heads * (qk_nope_head_dim + qk_rope_head_dim)},
-                q_in},
-               Strides::kAny);
-  check.tensor("w_kv_a", w_kv_a, dtype,
-               {{"kv_lora_rank + qk_rope_head_dim", cache_dim}, {"hidden_size", hidden_size}},
-               Strides::kAny);
+  const Dim q_out = {"num_heads * (qk_nope_head_dim + qk_rope_head_dim)",
+                     num_heads * (qk_nope_head_dim + qk_rope_head_dim)};
+  const Dim kv_a_out = {"kv_lora_rank + qk_rope_head_dim", cache_dim};
+  check.tensor("w_q", w_q, dtype, {q_out, q_in}, Strides::kAny);
+  check.tensor("w_kv_a", w_kv_a, dtype, {kv_a_out, {"hidden_size", hidden_size}}, Strides::kAny);
+  if (b_q) check.tensor("b_q", *b_q, dtype, {q_out});
+  if (b_kv_a) check.tensor("b_kv_a", *b_kv_a, dtype, {kv_a_out});
   check.tensor("cos_sin", cos_sin, {ScalarType::Float},
                {{"max_position"}, {"qk_rope_head_dim", qk_rope_head_dim}});
   check.tensor("positions", positions, {ScalarType::Long}, {{"num_tokens", num_tokens}});
@@ -105,8 +105,8 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
     norm.eps = params.norm_eps;
     Backend::launch(norm, q_a);
   }
-  const Tensor q_proj = linear(q_a, w_q);
-  const Tensor kv_a_proj = linear(hidden, w_kv_a);
+  const Tensor q_proj = linear(q_a, w_q, b_q);
+  const Tensor kv_a_proj = linear(hidden, w_kv_a, b_kv_a);
   Tensor q = torch::stable::new_empty(hidden, {num_tokens, num_heads, cache_dim});
   params.q_proj = q_proj.const_data_ptr();
   params.kv_a_proj = kv_a_proj.const_data_ptr();

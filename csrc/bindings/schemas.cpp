@@ -4,7 +4,7 @@ STABLE_TORCH_LIBRARY(transmla, m) {
   m.def(
       "mla_project(Tensor hidden, Tensor w_q, Tensor w_kv_a, Tensor w_uk, Tensor cos_sin, "
       "Tensor positions, Tensor slot_mapping, Tensor(a!) latent_cache, Tensor? w_q_a, "
-      "Tensor? q_a_norm, Tensor? kv_norm, float norm_eps) -> Tensor");
+      "Tensor? q_a_norm, Tensor? kv_norm, Tensor? b_q, Tensor? b_kv_a, float norm_eps) -> Tensor");
   m.def(
       "mla_decode(Tensor q, Tensor latent_cache, Tensor block_table, Tensor cache_seqlens, "
       "int kv_lora_rank, float softmax_scale, float softcap, int sliding_window, int num_splits, "

@@ -27,6 +27,8 @@ def mla_project(
     w_q_a: Tensor | None = None,
     q_a_norm: Tensor | None = None,
     kv_norm: Tensor | None = None,
+    b_q: Tensor | None = None,
+    b_kv_a: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
     """Absorbed, rotated queries of new tokens; their latents and rotated keys go to the paged cache.
@@ -45,14 +47,17 @@ def mla_project(
         w_q_a: [q_lora_rank, hidden_size], if the query projection is factored.
         q_a_norm: [q_lora_rank], RMSNorm weight between the two query factors; None for no norm.
         kv_norm: [kv_lora_rank], RMSNorm weight of the latent; None for no norm.
+        b_q: [num_heads * (qk_nope_head_dim + qk_rope_head_dim)], added after w_q.
+        b_kv_a: [kv_lora_rank + qk_rope_head_dim], added after w_kv_a, before the norm and the rotation.
         norm_eps: added to the mean square in both norms.
     Returns:
         q [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], dtype of hidden: q_nope · W_UK, then rotated q_pe.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with W_UK absorbed into the query.
     """
     out: Tensor = torch.ops.transmla.mla_project(
-        hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache, w_q_a, q_a_norm, kv_norm, norm_eps
-    )
+        hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache,
+        w_q_a, q_a_norm, kv_norm, b_q, b_kv_a, norm_eps,
+    )  # fmt: skip
     return out
 
 

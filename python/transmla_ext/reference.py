@@ -4,6 +4,7 @@ eager torch makes of it. Signatures, shapes and semantics are those of ``ops``; 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["batched_pca", "batched_svd", "covariance_add_", "merge_attn_states", "mla_decode", "mla_project"]
@@ -36,12 +37,14 @@ def mla_project(
     w_q_a: Tensor | None = None,
     q_a_norm: Tensor | None = None,
     kv_norm: Tensor | None = None,
+    b_q: Tensor | None = None,
+    b_kv_a: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
     num_heads, qk_nope_head_dim, kv_lora_rank = w_uk.shape
     cos, sin = cos_sin.to(hidden.dtype)[positions].chunk(2, dim=-1)
 
-    latent, k_pe = (hidden @ w_kv_a.T).tensor_split((kv_lora_rank,), dim=-1)
+    latent, k_pe = F.linear(hidden, w_kv_a, b_kv_a).tensor_split((kv_lora_rank,), dim=-1)
     if kv_norm is not None:
         latent = _rms_norm(latent, kv_norm, norm_eps)
     stored = slot_mapping >= 0
@@ -51,7 +54,7 @@ def mla_project(
     q_in = hidden if w_q_a is None else hidden @ w_q_a.T
     if q_a_norm is not None:
         q_in = _rms_norm(q_in, q_a_norm, norm_eps)
-    q_nope, q_pe = (q_in @ w_q.T).unflatten(-1, (num_heads, -1)).tensor_split((qk_nope_head_dim,), dim=-1)
+    q_nope, q_pe = F.linear(q_in, w_q, b_q).unflatten(-1, (num_heads, -1)).tensor_split((qk_nope_head_dim,), dim=-1)
     q_latent = torch.einsum("thn,hnr->thr", q_nope, w_uk)
     return torch.cat((q_latent, _rotate(q_pe, cos[:, None], sin[:, None])), dim=-1)
 

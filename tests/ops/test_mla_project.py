@@ -25,6 +25,7 @@ def make_args(
     block_size: int = 4,
     norms: bool = True,
     q_lora_rank: int | None = None,
+    biases: bool = False,
 ) -> Args:
     """Arguments whose products have unit variance; every third token is not stored, the cache holds NaN."""
     q_in = hidden_size if q_lora_rank is None else q_lora_rank
@@ -48,6 +49,8 @@ def make_args(
     }
     if norms:
         args["kv_norm"] = random(kv_lora_rank)
+    if biases:
+        args["b_q"], args["b_kv_a"] = random(len(args["w_q"])), random(len(args["w_kv_a"]))
     if q_lora_rank is not None:
         args["w_q_a"] = random(q_lora_rank, hidden_size, variance=hidden_size)
         if norms:
@@ -90,6 +93,12 @@ def test_any_nope_dim_and_number_of_tokens(isa: str, threads: int, qk_nope_head_
 @pytest.mark.parametrize("q_lora_rank", [None, 12])
 def test_optional_norms_and_query_factors(isa: str, dtype: torch.dtype, norms: bool, q_lora_rank: int | None) -> None:
     assert_matches_reference(make_args(dtype, norms=norms, q_lora_rank=q_lora_rank))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_lora_rank", [None, 12])
+def test_biases_are_added_before_norm_and_rotation(isa: str, dtype: torch.dtype, q_lora_rank: int | None) -> None:
+    assert_matches_reference(make_args(dtype, biases=True, q_lora_rank=q_lora_rank))
 
 
 @pytest.mark.parametrize("norm_eps", [1e-6, 10.0])
@@ -228,6 +237,8 @@ MISUSE = {
         (lambda w: w.half(), r"kv_norm must be float32 \[kv_lora_rank=48\], got float16 \[48\]"),
         (lambda w: w[1:], r"kv_norm must be float32 \[kv_lora_rank=48\], got float32 \[47\]"),
     ],
+    "b_q": [(lambda b: b[1:], r"b_q must be float32 \[num_heads \* \(.*\)=108\], got float32 \[107\]")],
+    "b_kv_a": [(lambda b: b.half(), r"b_kv_a must be float32 \[.*=64\], got float16 \[64\]")],
 }
 
 
@@ -240,16 +251,16 @@ MISUSE = {
     ],
 )
 def test_misuse_says_what_was_expected_and_got(name: str, change: Any, message: str) -> None:
-    args = make_args(q_lora_rank=12)
+    args = make_args(q_lora_rank=12, biases=True)
     args[name] = change(args[name])
     with pytest.raises(RuntimeError, match="transmla::mla_project: " + message):
         ops.mla_project(**args)
 
 
 def test_opcheck() -> None:
-    args = make_args(torch.bfloat16, q_lora_rank=12)
+    args = make_args(torch.bfloat16, q_lora_rank=12, biases=True)
     args["latent_cache"].zero_()
-    optional = [args.pop(name) for name in ("w_q_a", "q_a_norm", "kv_norm")]
+    optional = [args.pop(name) for name in ("w_q_a", "q_a_norm", "kv_norm", "b_q", "b_kv_a")]
     torch.library.opcheck(torch.ops.transmla.mla_project, (*args.values(), *optional, 1e-6))
 
 

@@ -9,7 +9,7 @@
 from . import errors, ops, reference
 from ._lib import get_cmake_dir, get_include
 from .config import MLAConfig
-from .convert import convert, plan
+from .convert import convert
 from .models import register
 from .runtime import load
 
@@ -21,7 +21,6 @@ __all__ = [
     "get_include",
     "load",
     "ops",
-    "plan",
     "reference",
 ]
 

@@ -76,8 +76,9 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Convert a GQA/MHA model to MLA. A killed run resumes when the same command is given again."""
-    from .convert import ConversionOptions, plan
+    from .convert import ConversionOptions
     from .convert import convert as run
+    from .convert import dry_run as describe
 
     options = ConversionOptions(
         kv_lora_rank=_int_or(kv_lora_rank, "full", "--kv-lora-rank"),  # type: ignore[typeddict-item]
@@ -92,7 +93,7 @@ def convert(
     )
     console = Console()
     if dry_run:
-        console.print(plan(model, **options).table())
+        console.print(describe(model, **options).table())
         return
     report = run(model, out, calibration=calibration, device=device, overwrite=overwrite, progress=not quiet, **options)
     console.print(report.table())

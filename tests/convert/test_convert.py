@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import transmla_ext
-from transmla_ext.convert import ConversionReport
+from transmla_ext.convert import ConversionReport, dry_run
 
 SMALL: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128, "progress": False}
 
@@ -94,7 +94,7 @@ def test_padding_to_engine_shapes_changes_no_logit(tiny_llama: Callable[..., Pat
 def test_wide_rope_keys_are_padded_unasked_and_narrow_ones_are_not(tiny_llama: Callable[..., Path]) -> None:
     model = tiny_llama(head_dim=64, hidden_size=96)
     for rope, cached in ((64, 512 + 64), (32, 64 + 32)):
-        plan = transmla_ext.plan(model, kv_lora_rank=64, qk_rope_head_dim=rope, format="deepseek_v3")
+        plan = dry_run(model, kv_lora_rank=64, qk_rope_head_dim=rope, format="deepseek_v3")
         assert plan.cache_bytes_after == 2 * 4 * cached
 
 
@@ -102,7 +102,7 @@ def test_plan_knows_the_output_without_reading_weights(tiny_llama: Callable[...,
     model = tiny_llama(tie_word_embeddings=True)
     for format in ("transmla", "deepseek_v3"):
         options = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "format": format, "dtype": "bfloat16"}
-        plan = transmla_ext.plan(model, calibration_tokens=1024, sequence_length=128, **options)
+        plan = dry_run(model, calibration_tokens=1024, sequence_length=128, **options)
         report = convert(model, tmp_path / format, **options)
         assert report.plan == plan
         index = json.loads((tmp_path / format / "model.safetensors.index.json").read_text())
@@ -116,7 +116,7 @@ def test_freqfold_auto_takes_each_layers_best(tiny_llama: Callable[..., Path], t
     model, options = tiny_llama(num_hidden_layers=3), {"kv_lora_rank": 16, "qk_rope_head_dim": 8}
     fixed = {
         fold: convert(model, tmp_path / str(fold), freqfold=fold, **options).layers
-        for fold in transmla_ext.plan(model, **options).freqfold
+        for fold in dry_run(model, **options).freqfold
     }
     assert len(fixed) > 1
     for index, layer in enumerate(convert(model, tmp_path / "auto", **options).layers):

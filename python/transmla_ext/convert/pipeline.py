@@ -41,14 +41,14 @@ from .rope_split import freqfolds, rope_slots, split_rope
 if TYPE_CHECKING:
     from ..models import MLAAttention
 
-__all__ = ["ConversionOptions", "convert", "plan"]
+__all__ = ["ConversionOptions", "convert", "dry_run"]
 
 _LIBRARIES_BYTES = 700_000_000  # resident with torch and transformers loaded, allocator slack included
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ConversionOptions(TypedDict, total=False):
-    """What convert() and plan() can be told about the result; their docstring explains it."""
+    """What convert() and dry_run() can be told about the result; their docstring explains it."""
 
     kv_lora_rank: int | Literal["full"]
     qk_rope_head_dim: int | None
@@ -116,7 +116,7 @@ def convert(
     return replace(report, seconds=time.monotonic() - started)
 
 
-def plan(model_path: str | Path, **options: Unpack[ConversionOptions]) -> ConversionPlan:
+def dry_run(model_path: str | Path, **options: Unpack[ConversionOptions]) -> ConversionPlan:
     """What convert() with these options would do: shapes, cache bytes per token, peak memory. Reads no weight."""
     return _Job.prepare(model_path, **options).plan
 

@@ -11,6 +11,7 @@ from transmla_ext._lib import core
 
 pytest_plugins = ["models"]
 pytest.register_assert_rewrite("accuracy")
+collect_ignore = ["cuda", "ptxvm"]  # need nvcc: `make test-cuda` names them
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@
 namespace transmla {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kWarpSize = 32;
+constexpr int kRows = 4;  // of a block, a warp each
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
@@ -15,14 +16,21 @@ __device__ void assign(float& to, float x) { to = x; }
 __device__ void assign(__half& to, float x) { to = __float2half(x); }
 __device__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
 
+// kSize numbers that one instruction moves.
+template <class T, int kSize>
+struct alignas(kSize * sizeof(T)) Pack {
+  T values[kSize];
+};
+
 // An empty part counts for nothing: +inf is what some kernels write for it.
 __device__ float log_weight(float lse) { return lse == INFINITY ? -INFINITY : lse; }
 
-// One block merges the two states of one (batch, token, head).
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+// One warp merges the two states of one (batch, token, head).
+template <class T, int kSize>
+__global__ void __launch_bounds__(kRows* kWarpSize)
     merge_attn_states_kernel(const __grid_constant__ MergeAttnStatesParams p) {
-  const index_t row = blockIdx.x;
+  const index_t row = static_cast<index_t>(blockIdx.x) * kRows + threadIdx.y;
+  if (row >= p.batch_size * p.seqlen_q * p.num_heads) return;
   const index_t head = row % p.num_heads;
   const index_t token = row / p.num_heads;
   const index_t lse_index =
@@ -37,35 +45,51 @@ __global__ void __launch_bounds__(kThreads)
   const float weight_a = exp_a * scale;
   const float weight_b = exp_b * scale;
 
-  const T* __restrict__ out_a = static_cast<const T*>(p.out_a) + row * p.head_dim;
-  const T* __restrict__ out_b = static_cast<const T*>(p.out_b) + row * p.head_dim;
-  T* __restrict__ out = static_cast<T*>(p.out) + row * p.head_dim;
-  for (index_t i = threadIdx.x; i < p.head_dim; i += kThreads) {
-    // By select, not by product: an empty part may hold anything, and 0 * NaN is NaN.
-    const float x = weight_a == 0 ? 0.0f : to_float(out_a[i]) * weight_a;
-    const float y = weight_b == 0 ? 0.0f : to_float(out_b[i]) * weight_b;
-    assign(out[i], x + y);
+  using Packed = Pack<T, kSize>;
+  const index_t num_packs = p.head_dim / kSize;
+  const auto* __restrict__ out_a = static_cast<const Packed*>(p.out_a) + row * num_packs;
+  const auto* __restrict__ out_b = static_cast<const Packed*>(p.out_b) + row * num_packs;
+  auto* __restrict__ out = static_cast<Packed*>(p.out) + row * num_packs;
+  for (index_t i = threadIdx.x; i < num_packs; i += kWarpSize) {
+    const Packed x = out_a[i];
+    const Packed y = out_b[i];
+    Packed merged;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      // By select, not by product: an empty part may hold anything, and 0 * NaN is NaN.
+      assign(merged.values[k], (weight_a == 0 ? 0.0f : to_float(x.values[k]) * weight_a) +
+                                   (weight_b == 0 ? 0.0f : to_float(y.values[k]) * weight_b));
+    }
+    out[i] = merged;
   }
   if (threadIdx.x == 0) p.lse[lse_index] = empty ? -INFINITY : top + logf(exp_a + exp_b);
+}
+
+template <class T>
+void merge(const MergeAttnStatesParams& p, cudaStream_t stream) {
+  constexpr int kSize = 16 / sizeof(T);
+  const index_t num_rows = p.batch_size * p.seqlen_q * p.num_heads;
+  const auto num_blocks = static_cast<unsigned>((num_rows + kRows - 1) / kRows);
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+  const bool aligned =
+      p.head_dim % kSize == 0 && (address(p.out_a) | address(p.out_b) | address(p.out)) % 16 == 0;
+  const auto kernel = aligned ? merge_attn_states_kernel<T, kSize> : merge_attn_states_kernel<T, 1>;
+  kernel<<<num_blocks, dim3(kWarpSize, kRows), 0, stream>>>(p);
 }
 
 }  // namespace
 
 int launch_merge_attn_states(const MergeAttnStatesParams& params, void* stream) {
-  const index_t num_rows = params.batch_size * params.seqlen_q * params.num_heads;
-  if (num_rows == 0) return cudaSuccess;
-  const auto launch = [&](auto kernel) {
-    kernel<<<num_rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
-  };
+  if (params.batch_size * params.seqlen_q * params.num_heads == 0) return cudaSuccess;
   switch (params.dtype) {
     case DType::kFloat32:
-      launch(merge_attn_states_kernel<float>);
+      merge<float>(params, static_cast<cudaStream_t>(stream));
       break;
     case DType::kBFloat16:
-      launch(merge_attn_states_kernel<__nv_bfloat16>);
+      merge<__nv_bfloat16>(params, static_cast<cudaStream_t>(stream));
       break;
     case DType::kFloat16:
-      launch(merge_attn_states_kernel<__half>);
+      merge<__half>(params, static_cast<cudaStream_t>(stream));
       break;
   }
   return cudaGetLastError();

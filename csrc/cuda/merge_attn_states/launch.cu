@@ -1,6 +1,4 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/common/pack.cuh"
 #include "cuda/kernels.h"
 
 namespace transmla {
@@ -8,19 +6,6 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kRows = 4;  // of a block, a warp each
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void assign(float& to, float x) { to = x; }
-__device__ void assign(__half& to, float x) { to = __float2half(x); }
-__device__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
-
-// kSize numbers that one instruction moves.
-template <class T, int kSize>
-struct alignas(kSize * sizeof(T)) Pack {
-  T values[kSize];
-};
 
 // An empty part counts for nothing: +inf is what some kernels write for it.
 __device__ float log_weight(float lse) { return lse == INFINITY ? -INFINITY : lse; }
@@ -45,22 +30,19 @@ __global__ void __launch_bounds__(kRows* kWarpSize)
   const float weight_a = exp_a * scale;
   const float weight_b = exp_b * scale;
 
-  using Packed = Pack<T, kSize>;
-  const index_t num_packs = p.head_dim / kSize;
-  const auto* __restrict__ out_a = static_cast<const Packed*>(p.out_a) + row * num_packs;
-  const auto* __restrict__ out_b = static_cast<const Packed*>(p.out_b) + row * num_packs;
-  auto* __restrict__ out = static_cast<Packed*>(p.out) + row * num_packs;
-  for (index_t i = threadIdx.x; i < num_packs; i += kWarpSize) {
-    const Packed x = out_a[i];
-    const Packed y = out_b[i];
-    Packed merged;
+  const T* __restrict__ out_a = static_cast<const T*>(p.out_a) + row * p.head_dim;
+  const T* __restrict__ out_b = static_cast<const T*>(p.out_b) + row * p.head_dim;
+  T* __restrict__ out = static_cast<T*>(p.out) + row * p.head_dim;
+  for (index_t i = threadIdx.x * kSize; i < p.head_dim; i += kWarpSize * kSize) {
+    float x[kSize], y[kSize];
+    load(x, out_a + i);
+    load(y, out_b + i);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       // By select, not by product: an empty part may hold anything, and 0 * NaN is NaN.
-      assign(merged.values[k], (weight_a == 0 ? 0.0f : to_float(x.values[k]) * weight_a) +
-                                   (weight_b == 0 ? 0.0f : to_float(y.values[k]) * weight_b));
+      x[k] = (weight_a == 0 ? 0.0f : x[k] * weight_a) + (weight_b == 0 ? 0.0f : y[k] * weight_b);
     }
-    out[i] = merged;
+    store(out + i, x);
   }
   if (threadIdx.x == 0) p.lse[lse_index] = empty ? -INFINITY : top + logf(exp_a + exp_b);
 }
@@ -86,10 +68,10 @@ int launch_merge_attn_states(const MergeAttnStatesParams& params, void* stream) 
       merge<float>(params, static_cast<cudaStream_t>(stream));
       break;
     case DType::kBFloat16:
-      merge<__nv_bfloat16>(params, static_cast<cudaStream_t>(stream));
+      merge<bf16>(params, static_cast<cudaStream_t>(stream));
       break;
     case DType::kFloat16:
-      merge<__half>(params, static_cast<cudaStream_t>(stream));
+      merge<fp16>(params, static_cast<cudaStream_t>(stream));
       break;
   }
   return cudaGetLastError();

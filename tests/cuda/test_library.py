@@ -1,0 +1,55 @@
+"""The CUDA library as it is installed: it loads where there is no GPU, holds every op, and says what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+from torch import Tensor
+
+from transmla_ext import _lib, ops
+
+OPS = sorted(path.parent.name for path in Path(harness.CSRC, "cuda").glob("*/launch.cu"))
+CUDA = torch._C.DispatchKey.CUDA
+
+
+def merge_attn_states() -> tuple[Tensor, ...]:
+    return 2 * (torch.ones(1, 1, 2, 8), torch.ones(1, 2, 1))
+
+
+def mla_project() -> tuple[Any, ...]:
+    w_uk, cache = torch.ones(2, 8, 16), torch.ones(1, 4, 24)
+    return (
+        torch.ones(3, 5), torch.ones(32, 5), torch.ones(24, 5), w_uk, torch.ones(9, 8),
+        torch.zeros(3, dtype=torch.int64), torch.arange(3), cache, *5 * (None,), 1e-6,
+    )  # fmt: skip
+
+
+ARGS: dict[str, Callable[[], tuple[Any, ...]]] = {"merge_attn_states": merge_attn_states, "mla_project": mla_project}
+
+
+def overload(op: str) -> torch._ops.OpOverload:
+    """torch.ops.transmla.<op>, whose name ends in _ if it writes its first argument and returns nothing."""
+    (name,) = (name for name in ops.__all__ if name.rstrip("_") == op)
+    return getattr(torch.ops.transmla, name).default
+
+
+def test_the_library_was_built_and_loads() -> None:
+    assert _lib.has_cuda_kernels
+    assert _lib.core.build_info()["cuda_archs"]
+
+
+def test_every_launcher_is_registered() -> None:
+    assert OPS
+    for op in OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(overload(op).name(), "CUDA"), op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_a_device_an_op_says_so(op: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"transmla::{op}_?: the CUDA kernel needs tensors on a CUDA device"):
+        overload(op).redispatch(torch._C.DispatchKeySet(CUDA), *ARGS[op]())

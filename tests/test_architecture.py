@@ -32,7 +32,8 @@ PYTHON_ROOMS = {
     "models": {"architectures", "checkpoint", "config", "errors", "ops"},
     "convert": {"architectures", "checkpoint", "config", "errors", "models", "ops"},
     "runtime": {"_lib", "architectures", "checkpoint", "config", "errors", "models", "ops"},
-    "cli": {"convert", "env", "errors", "runtime"},
+    "capacity": {"architectures", "checkpoint", "config", "models"},
+    "cli": {"capacity", "convert", "env", "errors", "runtime"},
     "__main__": {"cli"},
 }
 

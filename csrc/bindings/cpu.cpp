@@ -35,6 +35,10 @@ void run_in_workspace(Params params, size_t (*workspace_size)(const Params&, int
 struct Cpu {
   static constexpr bool kOnHost = true;
 
+  static const char* unsupported(const MlaDecodeParams& params) {
+    return mla_decode_unsupported(params);
+  }
+
   static void launch(MlaDecodeParams params, const Tensor&) {
     if (params.num_splits == 0) {
       index_t max_seqlen = 0;

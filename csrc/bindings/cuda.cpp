@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "covariance_add.h"
 #include "cuda/kernels.h"
 #include "merge_attn_states.h"
+#include "mla_decode.h"
 #include "mla_project.h"
 
 // Weak: a CPU-only torch lacks it, and this library still loads there.
@@ -12,14 +14,20 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace transmla {
 namespace {
 
+using torch::stable::accelerator::DeviceGuard;
+
+void check_device(const Check& check, const Tensor& t) {
+  if (!t.is_cuda() || !aoti_torch_get_current_cuda_stream) {
+    check.fail("the CUDA kernel needs tensors on a CUDA device, and a torch built with CUDA");
+  }
+}
+
 template <class Params>
 void launch_on(const Tensor& t, const char* op, int (*launch)(const Params&, void*),
                const Params& params) {
   const Check check(op, t);
-  if (!t.is_cuda() || !aoti_torch_get_current_cuda_stream) {
-    check.fail("the CUDA kernel needs tensors on a CUDA device, and a torch built with CUDA");
-  }
-  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  check_device(check, t);
+  const DeviceGuard guard(t.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   if (const int error = launch(params, stream)) {
@@ -27,8 +35,28 @@ void launch_on(const Tensor& t, const char* op, int (*launch)(const Params&, voi
   }
 }
 
+// The caching allocator gives the workspace to later work of the same stream only.
+template <class Params>
+void launch_in_workspace(const Tensor& t, const char* op, size_t (*workspace_size)(const Params&),
+                         int (*launch)(const Params&, void*), Params params) {
+  check_device(Check(op, t), t);
+  const DeviceGuard guard(t.get_device_index());
+  const auto size = static_cast<int64_t>(workspace_size(params));
+  const Tensor workspace = torch::stable::new_empty(t, {size}, ScalarType::Byte);
+  params.workspace = workspace.mutable_data_ptr();
+  launch_on(t, op, launch, params);
+}
+
 struct Cuda {
   static constexpr bool kOnHost = false;
+
+  static const char* unsupported(const MlaDecodeParams& params) {
+    return mla_decode_cuda_unsupported(params);
+  }
+
+  static void launch(const MlaDecodeParams& params, const Tensor& t) {
+    launch_in_workspace(t, "mla_decode", mla_decode_cuda_workspace_size, launch_mla_decode, params);
+  }
 
   static void launch(const MergeAttnStatesParams& params, const Tensor& t) {
     launch_on(t, "merge_attn_states", launch_merge_attn_states, params);
@@ -41,6 +69,10 @@ struct Cuda {
   static void launch(const RmsNormParams& params, const Tensor& t) {
     launch_on(t, "mla_project", launch_rms_norm, params);
   }
+
+  static void launch(const CovarianceAddParams& params, const Tensor& t) {
+    launch_on(t, "covariance_add_", launch_covariance_add, params);
+  }
 };
 
 }  // namespace
@@ -49,5 +81,7 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(transmla, CUDA, m) {
   using namespace transmla;
   m.impl("mla_project", TORCH_BOX(&mla_project<Cuda>));
+  m.impl("mla_decode", TORCH_BOX(&mla_decode<Cuda>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cuda>));
+  m.impl("covariance_add_", TORCH_BOX(&covariance_add<Cuda>));
 }

@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
   params.num_splits = num_splits;
   if (batch_invariant && num_splits == 0) params.split_size = kBatchInvariantSplitSize;
   if constexpr (Backend::kOnHost) check_pages(check, params);
-  if (const char* reason = mla_decode_unsupported(params)) check.fail(reason);
+  if (const char* reason = Backend::unsupported(params)) check.fail(reason);
   Backend::launch(params, q);
   return {out, lse};
 }

@@ -24,7 +24,7 @@ import ptxvm
 import torch
 from torch import Tensor
 
-__all__ = ["ARCHS", "function", "launch", "make_params", "params_type"]
+__all__ = ["ARCHS", "function", "launch", "make_params", "params_type", "workspace_size"]
 
 TESTS = Path(__file__).parents[1]
 CSRC = TESTS.parent / "csrc"  # --csrc sets another
@@ -158,8 +158,29 @@ def make_params(op: str, args: dict[str, Any]) -> ctypes.Structure:
     return kind(**{name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()})
 
 
+def _device(arch: str, num_sms: int, max_smem: int | None) -> _Device:
+    compute_capability = int(re.sub(r"\D", "", arch))
+    return _Device(num_sms, *divmod(compute_capability, 10), max_smem or MAX_SMEM_PER_BLOCK[compute_capability])
+
+
+def workspace_size(op: str, arch: str, args: dict[str, Any], *, num_sms: int = 4, max_smem: int | None = None) -> int:
+    """<op>_cuda_workspace_size() of the same arguments as launch()'s, in bytes."""
+    library, _, _ = _build(op, arch)
+    library.fake_cuda(ctypes.byref(_device(arch, num_sms, max_smem)), None)
+    query = function(op, arch, f"{op}_cuda_workspace_size")
+    query.restype = ctypes.c_size_t
+    size: int = query(ctypes.byref(make_params(op, args)))
+    return size
+
+
 def launch(
-    op: str, arch: str, args: dict[str, Any], *, directory: str | None = None, num_sms: int = 4
+    op: str,
+    arch: str,
+    args: dict[str, Any],
+    *,
+    directory: str | None = None,
+    num_sms: int = 4,
+    max_smem: int | None = None,
 ) -> list[tuple[str, ptxvm.Stats]]:
     """Calls launch_<op>() and returns what each of its kernel launches did.
 
@@ -167,12 +188,14 @@ def launch(
         args: the fields of <Op>Params, all of them; a tensor for a pointer, a torch.dtype for a DType.
         directory: of the launcher in csrc/cuda, if it is not that of the op.
         num_sms: what the launcher is told; few, so that short sequences meet every way to share the work.
+        max_smem: bytes of shared memory of a block, if not those of `arch`: a smaller GPU that runs the same code.
     """
     library, module, _ = _build(directory or op, arch)
     params = make_params(op, args)
     memory = _pointers(args, params.readonly)
     done: list[tuple[str, ptxvm.Stats]] = []
     failures: list[BaseException] = []
+    device = _device(arch, num_sms, max_smem)
 
     def on_launch(pointer: Any) -> int:
         call = pointer.contents
@@ -181,7 +204,8 @@ def launch(
             info = module.info(kernel)
             smem = call.smem + info["static_smem"]
             assert call.smem <= call.max_dynamic_smem, f"{kernel}: {call.smem} bytes of shared memory, not asked for"
-            assert smem <= max_smem, f"{kernel}: {smem} bytes of shared memory, {arch} has {max_smem}"
+            limit = device.max_smem_per_block
+            assert smem <= limit, f"{kernel}: {smem} bytes of shared memory, {arch} has {limit}"
             assert all(0 < n < 1 << 16 for n in call.grid[1:]), f"{kernel}: grid {call.grid[:]}"
             parameters = [ctypes.string_at(call.args[i], size) for i, (_, size, _) in enumerate(info["params"])]
             stats = module.launch(
@@ -194,9 +218,6 @@ def launch(
         return 0
 
     callback = _OnLaunch(on_launch)
-    compute_capability = int(re.sub(r"\D", "", arch))
-    max_smem = MAX_SMEM_PER_BLOCK[compute_capability]
-    device = _Device(num_sms, *divmod(compute_capability, 10), max_smem)
     library.fake_cuda(ctypes.byref(device), callback)
     error = function(directory or op, arch, f"launch_{op}")(ctypes.byref(params), None)
     if failures:

@@ -24,10 +24,11 @@ struct MlaDecodeParams {
   float softmax_scale;     // applied to q·k before the softmax
   float softcap;           // scores become softcap * tanh(score / softcap); 0 is off
   index_t sliding_window;  // a query sees itself and sliding_window - 1 tokens before it; 0 is off
-  index_t num_splits;      // parts each sequence is cut into, at least 1: plan_splits() knows
+  index_t num_splits;      // parts each sequence is cut into, at least 1: plan_splits() knows;
+                           // CUDA takes 0, equal shares of the whole batch
   index_t split_size;      // > 0: parts of this many tokens instead, whatever the batch is
 
-  void* workspace;  // mla_decode_cpu_workspace_size() bytes, 64-byte aligned
+  void* workspace;  // mla_decode_{cpu,cuda}_workspace_size() bytes, 64-byte aligned
 };
 
 // Tokens a part of the batch-invariant mode has.

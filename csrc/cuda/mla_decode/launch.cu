@@ -1,0 +1,90 @@
+#include "cuda/kernels.h"
+#include "cuda/mla_decode/combine.cuh"
+#include "cuda/mla_decode/general.cuh"
+#include "cuda/mla_decode/splitkv_sm80.cuh"
+
+namespace transmla {
+namespace {
+
+DeviceLimits current_device() {
+  DeviceLimits device{1, 0};
+  int ordinal = 0;
+  cudaGetDevice(&ordinal);
+  cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, ordinal);
+  cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+  return device;
+}
+
+template <class Kernel>
+void launch(Kernel kernel, const MlaDecodeParams& p, const MlaDecodePlan& plan,
+            cudaStream_t stream) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory);
+  kernel<<<plan.num_row_blocks * plan.num_parts, plan.num_warps * 32, plan.shared_memory, stream>>>(
+      p, plan);
+}
+
+template <class T, int kWarps>
+void launch_splitkv(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
+  switch (plan.rows) {
+    case 16:
+      return launch(mla_decode_splitkv_sm80_kernel<T, 1, kWarps>, p, plan, stream);
+    case 32:
+      return launch(mla_decode_splitkv_sm80_kernel<T, 2, kWarps>, p, plan, stream);
+    default:
+      return launch(mla_decode_splitkv_sm80_kernel<T, 3, kWarps>, p, plan, stream);
+  }
+}
+
+template <class T>
+void launch_kernels(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>) {
+    launch(mla_decode_general_kernel<T>, p, plan, stream);
+  } else if (plan.rows == 1) {
+    launch(mla_decode_general_kernel<T>, p, plan, stream);
+  } else if (plan.num_warps == 8) {
+    launch_splitkv<T, 8>(p, plan, stream);
+  } else {
+    launch_splitkv<T, 4>(p, plan, stream);
+  }
+  if (plan.num_slots == 0) return;
+  const auto combine =
+      p.kv_lora_rank % 4 == 0 ? mla_decode_combine_kernel<T, 4> : mla_decode_combine_kernel<T, 1>;
+  combine<<<p.batch_size * p.seqlen_q * p.num_heads, kCombineThreads, 0, stream>>>(p, plan);
+}
+
+}  // namespace
+
+const char* mla_decode_cuda_unsupported(const MlaDecodeParams& p) {
+  if (p.max_blocks * p.block_size > INT_MAX) return "max_blocks * block_size must be below 2^31";
+  if (p.split_size % kTileTokens != 0) return "split_size must be a multiple of 32";
+  if (general_shared_bytes(p) > kSharedMemoryOfAll) {
+    return "2 * kv_lora_rank + qk_rope_head_dim must be at most 25312";
+  }
+  return nullptr;
+}
+
+size_t mla_decode_cuda_workspace_size(const MlaDecodeParams& p) {
+  if (p.batch_size * p.seqlen_q * p.num_heads == 0) return 0;
+  const MlaDecodePlan plan = make_mla_decode_plan(p, current_device());
+  return plan.num_slots * p.seqlen_q * p.num_heads * (p.kv_lora_rank + 1) * sizeof(float);
+}
+
+int launch_mla_decode(const MlaDecodeParams& p, void* stream) {
+  if (p.batch_size * p.seqlen_q * p.num_heads == 0) return cudaSuccess;
+  const MlaDecodePlan plan = make_mla_decode_plan(p, current_device());
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (p.dtype) {
+    case DType::kFloat32:
+      launch_kernels<float>(p, plan, cuda_stream);
+      break;
+    case DType::kBFloat16:
+      launch_kernels<bf16>(p, plan, cuda_stream);
+      break;
+    case DType::kFloat16:
+      launch_kernels<fp16>(p, plan, cuda_stream);
+      break;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace transmla

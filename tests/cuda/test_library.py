@@ -29,7 +29,18 @@ def mla_project() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-ARGS: dict[str, Callable[[], tuple[Any, ...]]] = {"merge_attn_states": merge_attn_states, "mla_project": mla_project}
+def mla_decode() -> tuple[Any, ...]:
+    table, seqlens = torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), 5, dtype=torch.int32)
+    return torch.ones(1, 1, 2, 24), torch.ones(1, 16, 24), table, seqlens, 16, 1.0, 0.0, 0, 0, False
+
+
+def covariance_add() -> tuple[Any, ...]:
+    return torch.zeros(1, 8, 8, dtype=torch.float64), torch.ones(3, 1, 8), None
+
+
+ARGS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    op.__name__: op for op in (covariance_add, merge_attn_states, mla_decode, mla_project)
+}
 
 
 def overload(op: str) -> torch._ops.OpOverload:

@@ -210,5 +210,5 @@ def test_a_config_that_does_not_fit_says_so():
     shape = MLAConfig(kv_lora_rank=32, qk_rope_head_dim=4, qk_nope_head_dim=16, v_head_dim=24, rope_slots=(0, 1))
     with pytest.raises(ValueError, match="one entry for each of 3 layers, got 2"):
         AutoModelForCausalLM.from_config(native_config(llama().config, [shape] * 2))
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*supported are llama"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported: .*llama"):
         native_config(AutoConfig.for_model("gpt2"), [shape])

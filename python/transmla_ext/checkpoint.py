@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,16 @@ from .errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "Staging", "check_out_path", "open_checkpoint", "skeleton", "staging"]
+__all__ = [
+    "Checkpoint",
+    "Staging",
+    "check_out_path",
+    "expected_shapes",
+    "open_checkpoint",
+    "read_config",
+    "skeleton",
+    "staging",
+]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INDEX = "model.safetensors.index.json"
@@ -50,38 +60,77 @@ class Checkpoint(ABC):
         """(name, bytes, modification time in ns) of the files behind it: a resumed run must see the same."""
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A local directory of config.json and safetensors, or a GGUF file, of a supported family; no code of it is run."""
+def open_checkpoint(path: str | Path, *, num_layers: int | None = None) -> Checkpoint:
+    """A local directory of config.json and safetensors, or a GGUF file, of a supported family; no code of it is run.
+
+    Args:
+        num_layers: take the first so many decoder layers for the whole model.
+    """
     path = Path(path)
     if path.is_dir():
-        return _SafetensorsCheckpoint(path)
+        return _SafetensorsCheckpoint(path, num_layers)
     if path.is_file() and path.suffix == ".gguf":
-        return _GgufCheckpoint(path)
+        return _GgufCheckpoint(path, num_layers)
     if path.is_file():
         raise CheckpointError(f"{path} is neither a directory of safetensors nor a .gguf file")
     raise CheckpointError(f"{path} does not exist; give a local directory of safetensors or a .gguf file")
 
 
+def read_config(path: str | Path) -> PretrainedConfig:
+    """The config of a supported family, from a directory with a config.json or from that file; no code of it is run."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a local directory with a config.json, or that file")
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json, so it is no complete model")
+    return _read_config(file, _model_type(file))
+
+
 class _SafetensorsCheckpoint(Checkpoint):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_layers: int | None) -> None:
         self.path = path
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} has no config.json, so it is no complete model")
-        self.config = _read_config(path, _model_type(path / "config.json"))
+        self.config = read_config(path)
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(f"{path} is quantised; convert the original bf16, fp16 or fp32 checkpoint")
+        _truncate(self.config, num_layers)
         self._files = self._weight_map()
-        self.shapes, dtypes = {}, {}
+        stored, dtypes = {}, {}
         for file in sorted(set(self._files.values())):
             with _open_shard(file) as shard:
                 for name in shard.keys():  # noqa: SIM118  (not a mapping)
                     view = shard.get_slice(name)
-                    self.shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-        if missing := [name for name in self._files if name not in self.shapes]:
+                    stored[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        if missing := [name for name in self._files if name not in stored]:
             raise CheckpointError(f"{path}: {_INDEX} names tensors that no shard holds: {_some(missing)}")
         if strange := [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
             raise CheckpointError(f"{path}: weights must be one of {', '.join(_DTYPES)}; {_some(strange)}")
         self.dtype = max((_DTYPES[dtype] for dtype in set(dtypes.values())), key=lambda dtype: dtype.itemsize)
+        self._sources, self.shapes = self._assembled(stored)
+
+    def _assembled(
+        self, stored: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, str | list[list[str]]], dict[str, tuple[int, ...]]]:
+        """Where every tensor is, under the names of transformers, which stacks the experts of a layer; their shapes."""
+        architecture, rest = family(self.config.model_type), dict(stored)
+        sources: dict[str, str | list[list[str]]] = {}
+        shapes = {}
+        for name in expected_shapes(self.config):
+            source = name if name in stored else architecture.stored(name, self.config)
+            parts = [source] if isinstance(source, str) else [part for parts in source for part in parts]
+            if all(part in stored for part in parts):
+                sources[name] = source
+                part_shapes = [rest.pop(part) for part in parts]
+                shapes[name] = part_shapes[0]
+                if not isinstance(source, str):
+                    rows = sum(shape[0] for shape in part_shapes) // len(source)
+                    shapes[name] = (len(source), rows, *part_shapes[0][1:])
+        dropped = re.compile(r"model\.layers\.(\d+)\.")
+        for name, shape in rest.items():
+            layer = dropped.match(name)
+            if layer is None or int(layer[1]) < self.config.num_hidden_layers:
+                sources[name], shapes[name] = name, shape
+        return sources, shapes
 
     def _weight_map(self) -> dict[str, Path]:
         path = self.path
@@ -106,6 +155,15 @@ class _SafetensorsCheckpoint(Checkpoint):
             return dict.fromkeys(shard.keys(), single)
 
     def tensor(self, name: str) -> Tensor:
+        source = self._sources[name]
+        if isinstance(source, str):
+            return self._stored(source)
+        stacked = torch.empty(self.shapes[name], dtype=self.dtype)
+        for expert, parts in zip(stacked, source, strict=True):
+            torch.cat([self._stored(part).to(self.dtype) for part in parts], out=expert)
+        return stacked
+
+    def _stored(self, name: str) -> Tensor:
         with _open_shard(self._files[name]) as shard:
             # The clone leaves the memory map, so that its pages do not stay resident.
             tensor: Tensor = shard.get_tensor(name).clone()
@@ -119,7 +177,7 @@ class _SafetensorsCheckpoint(Checkpoint):
 
 
 class _GgufCheckpoint(Checkpoint):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_layers: int | None) -> None:
         import gguf
 
         self.path = path
@@ -127,7 +185,13 @@ class _GgufCheckpoint(Checkpoint):
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, OSError) as error:
             raise CheckpointError(f"{path} is truncated or no GGUF file: {error}") from error
-        self.config = _read_config(path.parent, reader.fields["general.architecture"].contents(), gguf_file=path.name)
+        architecture = reader.fields["general.architecture"].contents()
+        if architecture != "llama":
+            raise CheckpointError(
+                f"{path} is of architecture '{architecture}'; GGUF files are read of 'llama', others from safetensors"
+            )
+        self.config = _read_config(path.parent, architecture, gguf_file=path.name)
+        _truncate(self.config, num_layers)
         stored = {tensor.name: tensor for tensor in reader.tensors}
         if "rope_freqs.weight" in stored:
             raise CheckpointError(
@@ -135,7 +199,7 @@ class _GgufCheckpoint(Checkpoint):
             )
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers)
         self._tensors: dict[str, Any] = {}
-        for name in _expected_names(self.config):
+        for name in expected_shapes(self.config):
             gguf_name = names.get_name(name, try_suffixes=(".weight",))
             if gguf_name in stored:
                 self._tensors[name] = stored[gguf_name]
@@ -161,16 +225,32 @@ class _GgufCheckpoint(Checkpoint):
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model transformers builds from a config, without memory behind its weights."""
+    """The model transformers builds from a config, without memory behind its weights; its buffers are real."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)  # as from_pretrained does: RoPE frequencies, scales
     return model
 
 
-def _expected_names(config: PretrainedConfig) -> list[str]:
-    return [name for name, _ in skeleton(config).named_parameters()]
+def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight that transformers' model has."""
+    return {name: tuple(parameter.shape) for name, parameter in skeleton(config).named_parameters()}
+
+
+def _truncate(config: PretrainedConfig, num_layers: int | None) -> None:
+    if num_layers is None:
+        return
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(f"layers must be from 1 to the model's {config.num_hidden_layers}, got {num_layers}")
+    config.num_hidden_layers = num_layers
+    if layer_types := getattr(config, "layer_types", None):
+        config.layer_types = layer_types[:num_layers]
 
 
 class Staging:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from transmla_ext.convert import low_rank
 from transmla_ext.convert.low_rank import joint_latent, leading_basis
 
 KV_DIM, NOPE_DIM = 12, 8
@@ -81,9 +82,13 @@ def test_silent_values_or_no_keys_do_not_divide_by_zero() -> None:
     assert latents[2].down.isfinite().all()
 
 
-def test_leading_basis_is_orthonormal_and_ordered() -> None:
+@pytest.mark.parametrize("subset_driver", [False, True])
+def test_leading_basis_is_orthonormal_and_ordered(subset_driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if subset_driver:
+        monkeypatch.setattr(low_rank, "_LARGE", 1)
+        monkeypatch.setattr(low_rank, "_TIMES_THE_RANK", 1)
     _, moments, _ = problem()
-    basis, energy = leading_basis(moments, 5)
+    basis, energy = leading_basis(moments.clone(), 5)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(5, dtype=torch.float64))
     captured = (basis.mT @ moments @ basis).diagonal()
     assert (captured.diff() <= 1e-9 * captured[0]).all()

@@ -1,4 +1,4 @@
-"""Model families: one file each says where the weights are and what the family's attention adds."""
+"""Model families: one file each says where the weights are and what the family has that Llama has not."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from .base import Architecture, AttentionShape, Projections
+from .gemma2 import Gemma2
+from .granite import Granite
 from .llama import Llama
+from .mistral import Mistral
+from .mixtral import Mixtral
+from .phi3 import Phi3
+from .qwen2 import Qwen2
+from .qwen3 import Qwen3, Qwen3Moe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["ARCHITECTURES", "Architecture", "AttentionShape", "Projections", "family", "lookup"]
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in (Llama(),)}
+_FAMILIES = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Phi3(), Granite())
+ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in _FAMILIES}
 
 
 def family(model_type: str) -> Architecture:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..architectures import Architecture
+from ..architectures import Architecture, AttentionShape, Projections
 from ..checkpoint import Checkpoint, skeleton
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "BATCH_TOKENS",
     "AttentionIO",
     "CalibrationTokens",
+    "LayerInputs",
     "LayerStatistics",
     "Original",
     "StatisticsCollector",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 Stream = list[Tensor]  # hidden states of all sequences, in batches [batch_size, sequence_length, hidden_size]
+LayerInputs = dict[str, Any]
 AttentionIO = tuple[Tensor, Tensor]  # an attention layer's input and output, [batch_size, sequence_length, hidden_size]
 
 BATCH_TOKENS = 2048  # one batch's activations stay in tens of megabytes, and GEMMs are large enough
@@ -109,10 +111,11 @@ def _dataset_texts(name: str) -> Iterator[str]:
 
 @dataclass
 class LayerStatistics:
-    """Second moments of one attention layer's projections over the calibration tokens."""
+    """Moments of one attention layer's keys, values and queries over the calibration tokens, before RoPE; fp64."""
 
-    kv: Tensor  # [2 * kv_dim, 2 * kv_dim], fp64, mean of [k; v][k; v]ᵀ, keys before RoPE
-    q: Tensor | None  # [num_heads * head_dim, num_heads * head_dim], fp64, mean of q qᵀ before RoPE
+    keys: Tensor  # [kv_dim, kv_dim], mean of k kᵀ, biases included: what RoPE turns
+    kv: Tensor  # [2 * kv_dim, 2 * kv_dim], mean of [k; v][k; v]ᵀ as the latent carries them, so without biases
+    q: Tensor | None  # [num_heads * head_dim, num_heads * head_dim], mean of q qᵀ before bias and norm
 
 
 class Original:
@@ -120,25 +123,32 @@ class Original:
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> None:
         self.checkpoint, self.architecture, self.device = checkpoint, architecture, device
-        self.config = checkpoint.config
-        self.shape = architecture.shape(self.config)
-        self._skeleton: Any = skeleton(self.config)  # transformers' module, typed by what the family has in common
-        self._rotary_emb = type(self._skeleton.model.rotary_emb)(self.config).to(device)
+        self._skeleton: Any = skeleton(checkpoint.config)  # transformers' module, typed by what the families share
+        self._skeleton.model.rotary_emb.to(device)
+        self.config = self._skeleton.config  # knows the attention implementation that the family gets
 
     def stream(self, tokens: Tensor) -> Stream:
         """The embedded tokens [num_sequences, sequence_length] in batches."""
         embed = self._load(self._skeleton.model.embed_tokens, "model.embed_tokens")
+        scale = self.architecture.embedding_scale(self.config)
         batch_size = max(1, BATCH_TOKENS // tokens.shape[1])
         with torch.inference_mode():
-            stream = [embed(batch.to(self.device)) for batch in tokens.split(batch_size)]
+            stream = [embed(batch.to(self.device)) * scale for batch in tokens.split(batch_size)]
         self._unload(embed)
         return stream
 
-    def rope(self, sequence_length: int) -> tuple[Tensor, Tensor]:
-        """The (cos, sin) that the decoder layers take, [1, sequence_length, head_dim] each."""
+    def layer_inputs(self, index: int, sequence_length: int) -> LayerInputs:
+        """What decoder layer `index` takes besides the hidden states: RoPE's (cos, sin) and the mask."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
         positions = torch.arange(sequence_length, device=self.device)[None]
-        cos_sin: tuple[Tensor, Tensor] = self._rotary_emb(torch.empty(0, device=self.device), positions)
-        return cos_sin
+        hidden = torch.empty(1, sequence_length, 1, device=self.device)
+        windowed = self.architecture.shape(self.config, index).sliding_window > 0
+        create_mask = create_sliding_window_causal_mask if windowed else create_causal_mask
+        return {
+            "position_embeddings": self._skeleton.model.rotary_emb(hidden, positions),
+            "attention_mask": create_mask(self.config, hidden, None, past_key_values=None, position_ids=positions),
+        }
 
     def layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights; call `unload` when done."""
@@ -159,7 +169,7 @@ class Original:
                 total = 0.0
                 rows = (row for batch in stream for row in batch)
                 for hidden, row_tokens in zip(rows, tokens.to(self.device), strict=True):
-                    logits = F.linear(norm(hidden[:-1]), head)
+                    logits = self.architecture.logits(self.config, F.linear(norm(hidden[:-1]), head))
                     total += F.cross_entropy(logits, row_tokens[1:], reduction="sum").item()
                 means.append(total / tokens[:, 1:].numel())
         self._unload(norm)
@@ -169,14 +179,14 @@ class Original:
         names = [name for name, _ in module.named_parameters()]
         state = {name: self.checkpoint.tensor(f"{prefix}.{name}").to(self.device, torch.float32) for name in names}
         module.load_state_dict(state, assign=True)
-        return module.requires_grad_(False).eval()
+        return module.to(self.device).requires_grad_(False).eval()
 
     def _unload(self, module: nn.Module) -> None:
-        module.to("meta")
+        module.load_state_dict({name: w.to("meta") for name, w in module.named_parameters()}, assign=True)
 
 
 def run_layer(
-    layer: nn.Module, stream: Stream, rope: tuple[Tensor, Tensor], observe: Callable[[AttentionIO], None] | None = None
+    layer: nn.Module, stream: Stream, inputs: LayerInputs, observe: Callable[[AttentionIO], None] | None = None
 ) -> None:
     """Sends a stream through a decoder layer, in place; `observe` gets the attention's input and output, each batch."""
 
@@ -187,31 +197,49 @@ def run_layer(
     handle = layer.get_submodule("self_attn").register_forward_hook(hook, with_kwargs=True)
     with torch.inference_mode():
         for i, hidden in enumerate(stream):
-            stream[i] = layer(hidden, position_embeddings=rope)
+            stream[i] = layer(hidden, **inputs)
     handle.remove()
 
 
 class StatisticsCollector:
     """Observes an attention layer's inputs and accumulates LayerStatistics."""
 
-    def __init__(self, architecture: Architecture, attention: nn.Module, *, queries: bool) -> None:
-        weights = architecture.projections(attention)
+    def __init__(self, weights: Projections, shape: AttentionShape, *, queries: bool) -> None:
+        self._weights, self._shape = weights, shape
         self._w_kv = torch.cat([weights.w_k, weights.w_v])
-        self._w_q = weights.w_q if queries else None
+        biases = (weights.b_k, weights.b_v)
+        self._b_kv = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
         self._kv = _zero_covariance(self._w_kv)
-        self._q = None if self._w_q is None else _zero_covariance(self._w_q)
+        self._q = _zero_covariance(weights.w_q) if queries else None
+        self._sum = torch.zeros(len(self._w_kv), dtype=torch.float64, device=self._w_kv.device)
         self._num_tokens = 0
 
     def __call__(self, io: AttentionIO) -> None:
         x = io[0].flatten(0, 1)
         self._num_tokens += len(x)
-        ops.covariance_add_(self._kv, F.linear(x, self._w_kv)[:, None])
-        if self._w_q is not None and self._q is not None:
-            ops.covariance_add_(self._q, F.linear(x, self._w_q)[:, None])
+        kv = self._latent_input(x)
+        self._sum += kv.sum(0, dtype=torch.float64)
+        ops.covariance_add_(self._kv, kv[:, None])
+        if self._q is not None:
+            ops.covariance_add_(self._q, F.linear(x, self._weights.w_q)[:, None])
+
+    def _latent_input(self, x: Tensor) -> Tensor:
+        if self._weights.k_norm is None:
+            return F.linear(x, self._w_kv)
+        kv = F.linear(x, self._w_kv, self._b_kv)
+        k, v = kv.tensor_split(2, dim=-1)
+        heads = k.unflatten(-1, (self._shape.num_kv_heads, -1))
+        normed = F.rms_norm(heads, heads.shape[-1:], self._weights.k_norm, self._shape.qk_norm_eps)
+        return torch.cat([normed.flatten(1), v], dim=-1)
 
     def statistics(self) -> LayerStatistics:
-        q = None if self._q is None else self._q[0] / self._num_tokens
-        return LayerStatistics(self._kv[0] / self._num_tokens, q)
+        kv, mean = self._kv[0] / self._num_tokens, self._sum / self._num_tokens
+        kv_dim = self._shape.kv_dim
+        keys = kv[:kv_dim, :kv_dim]
+        if self._weights.b_k is not None and self._weights.k_norm is None:
+            bias, mean = self._weights.b_k.double(), mean[:kv_dim]
+            keys = keys + torch.outer(bias, mean) + torch.outer(mean, bias) + torch.outer(bias, bias)
+        return LayerStatistics(keys, kv, None if self._q is None else self._q[0] / self._num_tokens)
 
 
 def _zero_covariance(weight: Tensor) -> Tensor:

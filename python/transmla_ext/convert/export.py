@@ -1,4 +1,4 @@
-"""The two output formats: `transmla` (native) and `deepseek_v3`, which unmodified engines load."""
+"""The output formats: `transmla` (native), and `deepseek_v3` or `deepseek_v2`, which unmodified engines load."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import models
 from ..architectures import Architecture, AttentionShape
+from ..checkpoint import skeleton
 from ..config import MLAConfig
 from ..errors import UnsupportedModelError
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Export", "Format", "NativeExport", "StockExport", "check_stock"]
 
-Format = Literal["transmla", "deepseek_v3"]
-
-_ATTENTION = ".self_attn."
+Format = Literal["transmla", "deepseek_v3", "deepseek_v2"]
 
 
 class Export(ABC):
     """What a format makes of the original's tensors and of the converted attention layers."""
+
+    # The original's RoPE frequencies that the format has, and which of its slots has them; None: any, anywhere.
+    frequencies: dict[int, int] | None = None
 
     def __init__(self, base: PretrainedConfig, dtype: torch.dtype) -> None:
         self.base, self.dtype = base, dtype
@@ -56,13 +58,18 @@ class NativeExport(Export):
 
 
 class StockExport(Export):
-    """A dense DeepSeek-V3 checkpoint that transformers, vLLM and SGLang load as they are.
+    """A DeepSeek checkpoint that unmodified engines load: dense V3, or V2 for experts with softmax routing.
 
-    Three recipes make it equal to the native model. (1) DeepSeek normalises the latent; with the latent scaled down to
+    Four recipes make it equal to the native model. (1) DeepSeek normalises the latent; with the latent scaled down to
     where its mean square vanishes beside the norm's epsilon, RMSNorm is a constant factor, given back by its weight.
     (2) transformers fixes that epsilon at 1e-6 while engines take rms_norm_eps, so rms_norm_eps becomes 1e-6 and the
     residual stream is scaled by sqrt(1e-6 / original) to leave every other norm as it was. (3) The softmax scale
-    (qk_nope_head_dim + qk_rope_head_dim)^-1/2 is made up for in the query projection.
+    (qk_nope_head_dim + qk_rope_head_dim)^-1/2 is made up for in the query projection. (4) Engines know no llama3 RoPE
+    here; YaRN with the same factor equals it but for a few frequencies between the two regimes, to which no key
+    component is then assigned.
+
+    Args:
+        kv_lora_rank, qk_rope_head_dim: asked for; the latent and the key may be padded.
     """
 
     EPS = 1e-6
@@ -76,24 +83,42 @@ class StockExport(Export):
         base: PretrainedConfig,
         dtype: torch.dtype,
         architecture: Architecture,
-        layer: MLAConfig,
+        format: Format,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
         *,
         pad_to_engine: bool | None,
     ) -> None:
         super().__init__(base, dtype)
         if reason := architecture.no_stock_export(base):
-            raise UnsupportedModelError(f"format deepseek_v3 cannot express this {base.model_type} model: {reason}")
+            raise UnsupportedModelError(
+                f"format {format} has no place for what this {base.model_type} model has: {reason}; "
+                "use format='transmla'"
+            )
+        if format != architecture.stock_format:
+            raise UnsupportedModelError(
+                f"a {base.model_type} model is exported as {architecture.stock_format}, not as {format}"
+            )
         if dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"format deepseek_v3 needs dtype bfloat16 or float32 (float16 underflows), got {dtype}")
+            raise ValueError(f"format {format} needs dtype bfloat16 or float32 (float16 underflows), got {dtype}")
+        self.architecture = architecture
         self.shape: AttentionShape = architecture.shape(base)
-        self.residual_scale = math.sqrt(self.EPS / base.rms_norm_eps)
-        self.rank, self.rope_dim = layer.kv_lora_rank, layer.qk_rope_head_dim
-        self.nope_dim, self.v_dim = layer.qk_nope_head_dim, layer.v_head_dim
+        norm_scale = math.sqrt(self.EPS / base.rms_norm_eps)
+        self.embedding_scale = norm_scale * architecture.embedding_scale(base)
+        self.residual_scale = norm_scale * architecture.residual_scale(base)
+        self.logits_scale = architecture.logits_scale(base)
+        self.rank, self.rope_dim = kv_lora_rank, qk_rope_head_dim
+        self.nope_dim = self.v_dim = self.shape.head_dim
+        if self.rope_dim > self.shape.rotary_dim or self.rope_dim == self.shape.kv_dim:
+            raise ValueError(
+                f"format {format} has one RoPE slot per evenly spaced frequency and a key part without RoPE, which "
+                f"qk_rope_head_dim={self.rope_dim} of this model does not fit; use format='transmla'"
+            )
         fits = (
             self.rank <= self.ENGINE_LATENT
             and self.rope_dim <= self.ENGINE_ROPE
-            and max(self.nope_dim, self.v_dim) <= self.ENGINE_HEAD
-            and self.shape.head_dim % self.ENGINE_ROPE == 0
+            and self.shape.head_dim <= self.ENGINE_HEAD
+            and self.shape.rotary_dim % self.ENGINE_ROPE == 0
         )
         if pad_to_engine and not fits:
             raise ValueError(
@@ -105,27 +130,18 @@ class StockExport(Export):
         if pad_to_engine or (pad_to_engine is None and fits and self.rope_dim == self.ENGINE_ROPE):
             self.rank, self.rope_dim = self.ENGINE_LATENT, self.ENGINE_ROPE
             self.nope_dim = self.v_dim = self.ENGINE_HEAD
-        self.slots = self._slots(layer)
-
-    def _slots(self, layer: MLAConfig) -> list[int]:
-        """Where each RoPE pair goes: stock slot j turns with the original's frequency j * head_dim / rope_dim."""
-        step = self.shape.head_dim // self.rope_dim if self.rope_dim else 0
-        slots = [index // step if step and index % step == 0 else -1 for index in layer.rope_slots]
-        if self.nope_dim == 0 or -1 in slots or len(set(slots)) < len(slots):
-            raise ValueError(
-                "format deepseek_v3 has one RoPE slot per evenly spaced frequency and a key part without RoPE, which "
-                f"qk_rope_head_dim={layer.qk_rope_head_dim} of this model does not fit; use format='transmla'"
-            )
-        return slots
+        self.frequencies = self._slots = _equal_frequencies(base, self.config([]))
 
     def cache_dim(self, layer: MLAConfig) -> int:
         return self.rank + self.rope_dim
 
     def config(self, layers: Sequence[MLAConfig]) -> dict[str, Any]:
         base = self.base
+        version = self.architecture.stock_format.removeprefix("deepseek_").upper()
+        num_experts = getattr(base, "num_local_experts", 0)
         config = {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
+            "architectures": [f"Deepseek{version}ForCausalLM"],
+            "model_type": self.architecture.stock_format,
             "attention_bias": False,
             "attention_dropout": 0.0,
             "bos_token_id": base.bos_token_id,
@@ -141,37 +157,56 @@ class StockExport(Export):
             "num_key_value_heads": base.num_attention_heads,
             "rms_norm_eps": self.EPS,
             "rope_interleave": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": base.rope_parameters["rope_theta"]},
+            "rope_parameters": self._rope_parameters(),
             "rope_theta": base.rope_parameters["rope_theta"],
             "tie_word_embeddings": False,
             "use_cache": True,
             "vocab_size": base.vocab_size,
             "kv_lora_rank": self.rank,
-            "q_lora_rank": layers[0].q_lora_rank,
+            "q_lora_rank": layers[0].q_lora_rank if layers else None,
             "qk_nope_head_dim": self.nope_dim,
             "qk_rope_head_dim": self.rope_dim,
             "head_dim": self.rope_dim,
             "v_head_dim": self.v_dim,
-            # Every layer is dense; engines read the expert counts all the same.
-            "first_k_dense_replace": base.num_hidden_layers,
+            # In a dense model engines read the expert counts all the same.
+            "first_k_dense_replace": 0 if num_experts else base.num_hidden_layers,
             "moe_intermediate_size": base.intermediate_size,
             "moe_layer_freq": 1,
             "n_group": 1,
-            "n_routed_experts": 1,
-            "n_shared_experts": 1,
+            "n_routed_experts": num_experts or 1,
+            "n_shared_experts": None if num_experts else 1,
             "norm_topk_prob": True,
-            "num_experts_per_tok": 1,
+            "num_experts_per_tok": base.num_experts_per_tok if num_experts else 1,
             "num_nextn_predict_layers": 0,
             "routed_scaling_factor": 1.0,
             "topk_group": 1,
         }
+        if num_experts:
+            config |= {"scoring_func": "softmax", "topk_method": "greedy"}
         return _json_config(config, self.dtype)
+
+    def _rope_parameters(self) -> dict[str, Any]:
+        base = self.base.rope_parameters
+        if base.get("rope_type", "default") != "llama3":
+            return {"rope_type": "default", "rope_theta": base["rope_theta"]}
+        return {
+            "rope_type": "yarn",
+            "rope_theta": base["rope_theta"],
+            "factor": base["factor"],
+            "original_max_position_embeddings": base["original_max_position_embeddings"],
+            # A wavelength that fits 4 times into the original context keeps its frequency, one that fits once does not.
+            "beta_fast": base["high_freq_factor"],
+            "beta_slow": base["low_freq_factor"],
+            "attention_factor": 1.0,
+            "mscale": 0.0,
+            "mscale_all_dim": 0.0,
+        }
 
     def attention(self, layer: MLAConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         heads, rank = self.shape.num_heads, layer.kv_lora_rank
         nope, rope, v = layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim
-        pairs = torch.tensor(self.slots)[:, None] * 2 + torch.arange(2)
-        rope_rows = pairs.flatten()
+        slots = torch.tensor([self._slots[index] for index in layer.rope_slots], dtype=torch.int64)
+        rope_rows = (slots[:, None] * 2 + torch.arange(2)).flatten()
 
         scale = self.shape.softmax_scale * math.sqrt(self.nope_dim + self.rope_dim)
         q_name = "q_proj.weight" if layer.q_lora_rank is None else "q_b_proj.weight"
@@ -211,11 +246,14 @@ class StockExport(Export):
 
     def other(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name == "model.embed_tokens.weight":
-            scaled = {name: tensor * self.residual_scale}
+            scaled = {name: tensor * self.embedding_scale}
             if self.base.tie_word_embeddings:
-                scaled["lm_head.weight"] = tensor
+                scaled["lm_head.weight"] = tensor * self.logits_scale
             return scaled
-        return {name: tensor * self.residual_scale if name.endswith(".down_proj.weight") else tensor}
+        if name == "lm_head.weight":
+            return {name: tensor * self.logits_scale}
+        stock = self.architecture.stock_tensors(name, tensor)
+        return {n: t * self.residual_scale if n.endswith(".down_proj.weight") else t for n, t in stock.items()}
 
 
 def check_stock(names: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -228,10 +266,24 @@ def check_stock(names: Iterable[str], config: Mapping[str, Any]) -> None:
         problems.append("a tied head is left uninitialised: write lm_head.weight and tie_word_embeddings=false")
     if config.get("rope_interleave") is not True:
         problems.append("RoPE rows are taken to be interleaved: rope_interleave must be true")
-    if (rope_type := config.get("rope_parameters", {}).get("rope_type", "default")) != "default":
-        problems.append(f"{rope_type} RoPE parameters are read as another type")
+    rope = config.get("rope_parameters", {})
+    if (rope_type := rope.get("rope_type", "default")) not in ("default", "yarn"):
+        problems.append(f"{rope_type} RoPE parameters are read as YaRN")
+    if rope_type == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("attention_factor") != 1):
+        problems.append("YaRN's scale of the scores differs between engines: mscale 0 and attention_factor 1 have none")
     if problems:
         raise UnsupportedModelError("not a checkpoint that engines read right: " + "; ".join(problems))
+
+
+def _equal_frequencies(original: PretrainedConfig, stock: dict[str, Any]) -> dict[int, int]:
+    """For every RoPE frequency of the original that the stock model has too, which slot has it there."""
+    from transformers import AutoConfig
+
+    without_layers = AutoConfig.for_model(**stock | {"num_hidden_layers": 0})
+    models: Any = (skeleton(original), skeleton(without_layers))
+    of_original, of_stock = (model.model.rotary_emb.inv_freq for model in models)
+    equal = (of_stock[:, None] / of_original - 1).abs() < 1e-5
+    return {int(index): int(slot) for slot, index in equal.nonzero()}
 
 
 def _json_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

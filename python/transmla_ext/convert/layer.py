@@ -31,29 +31,23 @@ def build_layer(
     A head keeps its own head_dim query numbers as q_nope, so W_UK of a head is the way from the latent back to that
     head's keys, less the components that keep RoPE; q_pe are the head's queries in the basis of those components.
 
+    A bias of the keys adds the same number to all scores of a query, save where RoPE turns it; a bias of the values
+    adds the same vector to every output. So the latent carries neither: the one stays in the RoPE rows, the other goes
+    to the bias of o_proj. Behind a norm of the keys nothing folds: the original's projections stay in front.
+
     Args:
         q_basis: [num_heads * head_dim, q_lora_rank], orthonormal columns: the query projection is factored over it.
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     kv_head = torch.arange(heads) // (heads // kv_heads)
     w_q, w_k, w_v = (weight.double() for weight in (weights.w_q, weights.w_k, weights.w_v))
+    rope_of_keys = split.rope_rows.flatten(1)  # [qk_rope_head_dim, kv_dim]
+    has_nope = len(split.nope_rows) > 0
 
-    k_pe = _interleave(split.kept.flatten(1), w_k.view(kv_heads, 2, -1, shape.hidden_size))
-    kv_a = torch.cat([latent.down @ torch.cat([w_k, w_v]), k_pe])
-
-    has_nope = len(split.dropped) > 0
     kv_b = latent.up_v.view(kv_heads, dim, -1)[kv_head]
     if has_nope:
-        up_k = torch.einsum("ngd,nr->gdr", split.dropped_rows(), latent.up_k)[kv_head]
+        up_k = torch.einsum("ngd,nr->gdr", split.nope_rows, latent.up_k)[kv_head]
         kv_b = torch.cat([up_k, kv_b], dim=1)
-
-    q_source = w_q if q_basis is None else q_basis  # rows: one per query number
-    per_head = q_source.view(heads, dim, -1)
-    q_pe = torch.stack(
-        [_interleave(split.kept[:, kv_head[h]], per_head[h].view(1, 2, dim // 2, -1)) for h in range(heads)]
-    )
-    q = torch.cat([per_head, q_pe], dim=1) if has_nope else q_pe
-
     config = MLAConfig(
         kv_lora_rank=len(latent.down),
         qk_rope_head_dim=2 * len(split.rope_slots),
@@ -62,15 +56,40 @@ def build_layer(
         rope_slots=split.rope_slots,
         q_lora_rank=None if q_basis is None else q_basis.shape[1],
     )
-    named = {"kv_a_proj_with_mqa.weight": kv_a, "kv_b_proj.weight": kv_b.flatten(0, 1), "o_proj.weight": weights.w_o}
-    if q_basis is None:
-        named["q_proj.weight"] = q.flatten(0, 1)
+    named: dict[str, Tensor | None] = {
+        "kv_b_proj.weight": kv_b.flatten(0, 1),
+        "o_proj.weight": weights.w_o,
+        "o_proj.bias": weights.b_o,
+    }
+
+    q_source, b_q = w_q if q_basis is None else q_basis, weights.b_q
+    if weights.k_norm is None:
+        nope = torch.eye(dim if has_nope else 0, dim, dtype=w_q.dtype, device=w_q.device).expand(heads, -1, -1)
+        own = torch.cat([nope, split.rope_rows.transpose(0, 1)[kv_head]], dim=1)  # per head, over its query numbers
+        q_source = (own @ q_source.view(heads, dim, -1)).flatten(0, 1)
+        named["kv_a_proj_with_mqa.weight"] = torch.cat([latent.down @ torch.cat([w_k, w_v]), rope_of_keys @ w_k])
+        if weights.b_q is not None and weights.b_k is not None and weights.b_v is not None:
+            b_q = (own @ weights.b_q.double().view(heads, dim, 1)).flatten()
+            b_rope = rope_of_keys @ weights.b_k.double()
+            named["kv_a_proj_with_mqa.bias"] = torch.cat([b_rope.new_zeros(config.kv_lora_rank), b_rope])
+            b_o = weights.w_o.double() @ weights.b_v.double().view(kv_heads, dim)[kv_head].flatten()
+            named["o_proj.bias"] = b_o if weights.b_o is None else b_o + weights.b_o
     else:
-        named |= {"q_a_proj.weight": q_basis.mT @ w_q, "q_b_proj.weight": q.flatten(0, 1)}
-    return MLALayer(config, {name: weight.float().contiguous() for name, weight in named.items()})
+        of_values = rope_of_keys.new_zeros(len(rope_of_keys), shape.kv_dim)
+        named |= {
+            "q_norm.weight": weights.q_norm,
+            "q_rope_proj.weight": split.rope_rows.transpose(0, 1).flatten(0, 1),
+            "kv_proj.weight": torch.cat([w_k, w_v]),
+            "kv_proj.bias": _cat(weights.b_k, weights.b_v),
+            "k_norm.weight": weights.k_norm,
+            "kv_a_proj_with_mqa.weight": torch.cat([latent.down, torch.cat([rope_of_keys, of_values], dim=1)]),
+        }
+    if q_basis is None:
+        named |= {"q_proj.weight": q_source, "q_proj.bias": b_q}
+    else:
+        named |= {"q_a_proj.weight": q_basis.mT @ w_q, "q_b_proj.weight": q_source, "q_b_proj.bias": b_q}
+    return MLALayer(config, {name: w.float().contiguous() for name, w in named.items() if w is not None})
 
 
-def _interleave(coefficients: Tensor, rows: Tensor) -> Tensor:
-    """Components of RoPE pairs, interleaved: [slots, heads * pairs] over [heads, 2, pairs, n] -> [2 * slots, n]."""
-    real, imaginary = (coefficients @ rows[:, part].flatten(0, 1) for part in (0, 1))
-    return torch.stack([real, imaginary], dim=1).flatten(0, 1)
+def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,14 +19,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import models
-from ..architectures import AttentionShape, Projections, lookup
-from ..checkpoint import Checkpoint, Staging, check_out_path, open_checkpoint, skeleton, staging
+from ..architectures import Architecture, AttentionShape, Projections, lookup
+from ..checkpoint import Checkpoint, Staging, check_out_path, expected_shapes, open_checkpoint, staging
 from ..config import MLAConfig
 from ..errors import CheckpointError
 from .calibrate import (
     BATCH_TOKENS,
     AttentionIO,
     CalibrationTokens,
+    LayerInputs,
     LayerStatistics,
     Original,
     StatisticsCollector,
@@ -58,6 +60,7 @@ class ConversionOptions(TypedDict, total=False):
     freqfold: int | Literal["auto"]
     calibration_tokens: int
     sequence_length: int
+    layers: int | None
     dtype: str | None
     pad_to_engine: bool | None
 
@@ -82,16 +85,18 @@ def convert(
         overwrite: replace a non-empty output directory.
         progress: show progress bars.
         kv_lora_rank: numbers of the latent per token and layer, default 512; "full" loses nothing (native format only).
-        qk_rope_head_dim: numbers of the shared RoPE key; divides head_dim. Default: 64, or head_dim if that is less.
+        qk_rope_head_dim: numbers of the shared RoPE key; divides what RoPE turns of a head. Default: the most up to 64.
         q_lora_rank: also factors the query projection, to this rank; None, the default, leaves it whole.
         format: "transmla" (default), any shape, for this package and AutoModelForCausalLM after `import transmla_ext`;
-            or "deepseek_v3", which unmodified transformers, vLLM and SGLang load.
+            "deepseek_v3", which unmodified transformers, vLLM and SGLang load; "deepseek_v2", for Mixtral, which vLLM
+            and SGLang load.
         method: "transmla" (Meng et al., arXiv 2502.07864).
         freqfold: adjacent RoPE frequencies treated as one; "auto" (default) takes each layer's best on held-out text.
         calibration_tokens: tokens to calibrate on, default 32768; a further eighth of the text is held out.
         sequence_length: tokens per calibration sequence, default 512.
+        layers: convert the first so many layers for the whole model: to try settings before a long run.
         dtype: of the written weights: "float32", "bfloat16" or "float16"; None, the default, keeps the model's.
-        pad_to_engine: format "deepseek_v3": zero-pad to the shapes that engines' kernels take (512 + 64, heads of 128);
+        pad_to_engine: stock formats: zero-pad to the shapes that engines' kernels take (512 + 64, heads of 128);
             None, the default, does so where only the latent and the heads grow.
     Raises:
         ValueError: a bad argument; UnsupportedModelError, CheckpointError: a bad model; all before anything is written.
@@ -126,7 +131,9 @@ class _Job:
     """A validated conversion."""
 
     source: Checkpoint
+    architecture: Architecture
     shape: AttentionShape
+    qk_rope_head_dim: int  # asked for; the target has less where the format lacks a frequency
     target: MLAConfig  # shape of every layer; the slots of the first FreqFold candidate
     freqfolds: list[int]
     export: Export
@@ -147,14 +154,15 @@ class _Job:
         freqfold: int | Literal["auto"] = "auto",
         calibration_tokens: int = 32768,
         sequence_length: int = 512,
+        layers: int | None = None,
         dtype: str | None = None,
         pad_to_engine: bool | None = None,
         device: str = "cpu",
     ) -> _Job:
         if method != "transmla":
             raise ValueError(f"method must be 'transmla', got {method!r}")
-        if format not in ("transmla", "deepseek_v3"):
-            raise ValueError(f"format must be 'transmla' or 'deepseek_v3', got {format!r}")
+        if format not in get_args(Format):
+            raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
         if sequence_length < 2 or calibration_tokens < 1:
             raise ValueError(
                 "calibration_tokens must be >= 1 and sequence_length >= 2, "
@@ -162,20 +170,32 @@ class _Job:
             )
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        source = open_checkpoint(model_path)
+        source = open_checkpoint(model_path, num_layers=layers)
         architecture = lookup(source.config)
         _check_shapes(source)
         if sequence_length > source.config.max_position_embeddings:
             most = source.config.max_position_embeddings
             raise ValueError(f"sequence_length={sequence_length} exceeds the model's {most} positions")
         shape = architecture.shape(source.config)
-        target, folds = _target(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank, freqfold)
+        rank, rope = _ranks(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank)
         out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
         export: Export = NativeExport(source.config, out_dtype)
-        if format == "deepseek_v3":
-            export = StockExport(source.config, out_dtype, architecture, target, pad_to_engine=pad_to_engine)
+        if format != "transmla":
+            export = StockExport(
+                source.config, out_dtype, architecture, format, rank, rope, pad_to_engine=pad_to_engine
+            )
         elif pad_to_engine:
-            raise ValueError("pad_to_engine is for format='deepseek_v3'; the native format is never padded")
+            raise ValueError("pad_to_engine is for the stock formats; the native format is never padded")
+        folds = _freqfolds(shape, rope, freqfold)
+        slots = rope_slots(shape, rope, folds[0], export.frequencies)
+        target = MLAConfig(
+            kv_lora_rank=rank,
+            qk_rope_head_dim=2 * sum(map(len, slots)),
+            qk_nope_head_dim=0 if rope == shape.kv_dim else shape.head_dim,
+            v_head_dim=shape.head_dim,
+            rope_slots=tuple(slot for fold in slots for slot in fold),
+            q_lora_rank=q_lora_rank,
+        )
 
         num_layers = source.config.num_hidden_layers
         num_train = -(-calibration_tokens // sequence_length)
@@ -205,86 +225,93 @@ class _Job:
             held_out_tokens=num_held_out * sequence_length,
             cache_bytes_before=shape.cache_dim * per_number,
             cache_bytes_after=export.cache_dim(target) * per_number,
-            output_bytes=_output_bytes(export, target, num_layers),
+            output_bytes=_output_bytes(source, export, target, num_layers),
             peak_memory_bytes=_peak_memory(
                 source, shape, (num_train + 2 * num_held_out) * sequence_length, sequence_length
             ),
         )
         return _Job(
-            source, shape, target, folds, export, calibration_tokens, sequence_length, torch.device(device), job_plan
+            source,
+            architecture,
+            shape,
+            rope,
+            target,
+            folds,
+            export,
+            calibration_tokens,
+            sequence_length,
+            torch.device(device),
+            job_plan,
         )
 
 
-def _target(
+def _ranks(
     shape: AttentionShape,
     kv_lora_rank: int | Literal["full"],
     qk_rope_head_dim: int | None,
     q_lora_rank: int | None,
-    freqfold: int | Literal["auto"],
-) -> tuple[MLAConfig, list[int]]:
-    """The converted layers' shape and the FreqFold candidates, or ValueError for a shape that cannot be."""
-    if kv_lora_rank == "full":
-        if qk_rope_head_dim not in (None, shape.kv_dim):
-            raise ValueError(
-                f"kv_lora_rank='full' keeps RoPE on all {shape.kv_dim} key numbers; leave qk_rope_head_dim out, "
-                f"got {qk_rope_head_dim}"
-            )
-        rank, rope = shape.kv_dim, shape.kv_dim
-    else:
-        rank, rope = kv_lora_rank, qk_rope_head_dim or min(64, shape.head_dim)
-        if rope < 8 or rope % 8 or shape.head_dim % rope:
-            raise ValueError(
-                f"qk_rope_head_dim must be a multiple of 8 that divides head_dim={shape.head_dim}, got {rope}"
-            )
-        most = shape.cache_dim - rope
-        if not 8 <= rank <= most or rank % 8:
-            raise ValueError(f"kv_lora_rank must be a multiple of 8 from 8 to {most} (nothing lost), got {rank}")
+) -> tuple[int, int]:
+    """(kv_lora_rank, qk_rope_head_dim), or ValueError for a shape that cannot be."""
     if q_lora_rank is not None and not 8 <= q_lora_rank <= min(shape.hidden_size, shape.num_heads * shape.head_dim):
         raise ValueError(f"q_lora_rank must be from 8 to {shape.hidden_size}, got {q_lora_rank}")
-    folds = freqfolds(shape, rope)
-    if freqfold != "auto":
-        if freqfold not in folds:
-            raise ValueError(f"freqfold must be 'auto' or one of {', '.join(map(str, folds))}, got {freqfold}")
-        folds = [freqfold]
-    target = MLAConfig(
-        kv_lora_rank=rank,
-        qk_rope_head_dim=rope,
-        qk_nope_head_dim=shape.head_dim if rope < shape.kv_dim else 0,
-        v_head_dim=shape.head_dim,
-        rope_slots=rope_slots(shape, rope, folds[0]),
-        q_lora_rank=q_lora_rank,
-    )
-    return target, folds
+    if kv_lora_rank == "full":
+        if qk_rope_head_dim not in (None, shape.rope_dim):
+            raise ValueError(
+                f"kv_lora_rank='full' keeps RoPE on all {shape.rope_dim} key numbers; leave qk_rope_head_dim out, "
+                f"got {qk_rope_head_dim}"
+            )
+        return shape.cache_dim - shape.rope_dim, shape.rope_dim
+    rank, rope = kv_lora_rank, qk_rope_head_dim
+    if rope is None:
+        rope = max((dim for dim in range(8, 65, 8) if shape.rotary_dim % dim == 0), default=0)
+    if rope < 8 or rope % 8 or shape.rotary_dim % rope:
+        raise ValueError(
+            f"qk_rope_head_dim must be a multiple of 8 that divides the {shape.rotary_dim} numbers of a head that RoPE "
+            f"turns, got {rope}"
+        )
+    most = shape.cache_dim - rope
+    if not 8 <= rank <= most or rank % 8:
+        raise ValueError(f"kv_lora_rank must be a multiple of 8 from 8 to {most} (nothing lost), got {rank}")
+    return rank, rope
+
+
+def _freqfolds(shape: AttentionShape, qk_rope_head_dim: int, freqfold: int | Literal["auto"]) -> list[int]:
+    folds = freqfolds(shape, qk_rope_head_dim)
+    if freqfold == "auto":
+        return folds
+    if freqfold not in folds:
+        raise ValueError(f"freqfold must be 'auto' or one of {', '.join(map(str, folds))}, got {freqfold}")
+    return [freqfold]
 
 
 def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) -> ConversionReport:
     """Converts the attention layers one after the other; each one done is in the staging directory."""
-    original = Original(job.source, lookup(job.source.config), job.device)
-    rope = original.rope(job.sequence_length)
+    original = Original(job.source, job.architecture, job.device)
     train, held_out = original.stream(tokens.train), original.stream(tokens.held_out)
     converted = list(held_out)  # the held-out text on its way through the layers converted so far
     reports = []
     for index in bar.track(range(job.plan.num_layers), description="Converting layers"):
+        inputs = original.layer_inputs(index, job.sequence_length)
         layer = original.layer(index)
         attention = layer.get_submodule("self_attn")
         if stage.has(_layer_json(index)):
-            run_layer(layer, train, rope)
-            run_layer(layer, held_out, rope)
+            run_layer(layer, train, inputs)
+            run_layer(layer, held_out, inputs)
         else:
-            collector = StatisticsCollector(
-                original.architecture, attention, queries=job.target.q_lora_rank is not None
-            )
-            run_layer(layer, train, rope, collector)
+            weights = job.architecture.projections(attention)
+            collector = StatisticsCollector(weights, job.shape, queries=job.target.q_lora_rank is not None)
+            run_layer(layer, train, inputs, collector)
             probe: list[AttentionIO] = []
-            run_layer(layer, held_out, rope, probe.append)
-            weights = original.architecture.projections(attention)
-            mla, report = _convert_layer(job, weights, collector.statistics(), probe, rope)
+            run_layer(layer, held_out, inputs, probe.append)
+
+            error = partial(_attention_error, original, index, probe, inputs)
+            mla, report = _convert_layer(job, weights, collector.statistics(), error)
             stage.write_tensors(_layer_tensors(index), mla.weights)
             stage.write_json(_layer_json(index), {"config": mla.config.to_dict(), "report": asdict(report)})
         mla, report = _read_layer(stage, index)
         reports.append(report)
-        layer.register_module("self_attn", _attention(job, mla))
-        run_layer(layer, converted, rope)
+        layer.register_module("self_attn", _attention(original, mla, index))
+        run_layer(layer, converted, inputs)
         layer.register_module("self_attn", attention)
         original.unload(index)
     before, after = original.negative_log_likelihood([held_out, converted], tokens.held_out)
@@ -294,27 +321,23 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) 
 
 
 def _convert_layer(
-    job: _Job,
-    weights: Projections,
-    statistics: LayerStatistics,
-    probe: list[AttentionIO],
-    rope: tuple[Tensor, Tensor],
+    job: _Job, weights: Projections, statistics: LayerStatistics, error: Callable[[MLALayer], float]
 ) -> tuple[MLALayer, LayerReport]:
-    """The layer with the FreqFold whose attention output comes closest to the original's on the probe."""
-    target, best = job.target, None
+    """The layer with the FreqFold that has the least error of the attention output on held-out text."""
+    best = None
     q_basis = None
-    if target.q_lora_rank is not None and statistics.q is not None:
-        q_basis, _ = leading_basis(statistics.q, target.q_lora_rank)
+    if job.target.q_lora_rank is not None and statistics.q is not None:
+        q_basis, _ = leading_basis(statistics.q, job.target.q_lora_rank)
     for freqfold in job.freqfolds:
-        split = split_rope(statistics.kv, job.shape, target.qk_rope_head_dim, freqfold)
-        nope_rows = split.dropped_rows().flatten(1)
-        latent = joint_latent(statistics.kv, nope_rows, target.kv_lora_rank)
+        slots = rope_slots(job.shape, job.qk_rope_head_dim, freqfold, job.export.frequencies)
+        split = split_rope(statistics.keys, job.shape, freqfold, slots)
+        latent = joint_latent(statistics.kv, split.nope_rows.flatten(1), job.target.kv_lora_rank)
         mla = build_layer(weights, job.shape, split, latent, q_basis)
         report = LayerReport(
             freqfold=freqfold,
             rope_energy=split.energy,
             latent_energy=latent.energy,
-            attention_error=_attention_error(_attention(job, mla), probe, rope),
+            attention_error=error(mla),
         )
         if best is None or report.attention_error < best[1].attention_error:
             best = mla, report
@@ -322,19 +345,22 @@ def _convert_layer(
     return best
 
 
-def _attention(job: _Job, layer: MLALayer) -> MLAAttention:
+def _attention(original: Original, layer: MLALayer, index: int) -> MLAAttention:
     with torch.device("meta"):
-        attention: MLAAttention = models.MLAAttention(job.source.config, layer.config, layer_idx=0)
+        attention: MLAAttention = models.MLAAttention(original.config, layer.config, index)
     attention.load_state_dict(layer.weights, assign=True)
-    return attention.to(job.device).requires_grad_(False).eval()
+    return attention.to(original.device).requires_grad_(False).eval()
 
 
-def _attention_error(attention: MLAAttention, probe: list[AttentionIO], rope: tuple[Tensor, Tensor]) -> float:
+def _attention_error(
+    original: Original, index: int, probe: list[AttentionIO], inputs: LayerInputs, layer: MLALayer
+) -> float:
     """‖attention(input) − output‖² / ‖output‖² over the probe's (input, output) pairs."""
+    attention = _attention(original, layer, index)
     error = energy = 0.0
     with torch.inference_mode():
         for x, y in probe:
-            actual, _ = attention(hidden_states=x, position_embeddings=rope, attention_mask=None)
+            actual, _ = attention(hidden_states=x, **inputs)
             error += (actual - y).double().square().sum().item()
             energy += y.double().square().sum().item()
     return error / energy
@@ -349,15 +375,17 @@ def _layer_json(index: int) -> str:
 
 
 def _read_layer(stage: Staging, index: int) -> tuple[MLALayer, LayerReport]:
-    saved = stage.read_json(_layer_json(index))
-    layer = MLALayer(MLAConfig(**saved["config"]), stage.read_tensors(_layer_tensors(index)))
-    return layer, LayerReport(**saved["report"])
+    report = LayerReport(**stage.read_json(_layer_json(index))["report"])
+    return MLALayer(_layer_config(stage, index), stage.read_tensors(_layer_tensors(index))), report
+
+
+def _layer_config(stage: Staging, index: int) -> MLAConfig:
+    return MLAConfig(**stage.read_json(_layer_json(index))["config"])
 
 
 def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) -> None:
     """Writes the model from the original's other tensors and the staged layers; config.json comes last."""
     source, export = job.source, job.export
-    layers = [_read_layer(stage, index)[0] for index in range(job.plan.num_layers)]
     groups = _tensor_groups(source, job.plan.num_layers)
     weight_map: dict[str, str] = {}
     total_size = 0
@@ -366,7 +394,7 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
         for name in names:
             tensors |= export.other(name, source.tensor(name))
         if index is not None:
-            layer = layers[index]
+            layer, _ = _read_layer(stage, index)
             for name, tensor in export.attention(layer.config, layer.weights).items():
                 tensors[f"model.layers.{index}.self_attn.{name}"] = tensor
         tensors = {name: tensor.to(job.export.dtype) for name, tensor in tensors.items()}
@@ -375,8 +403,8 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
         weight_map |= dict.fromkeys(tensors, shard)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
 
-    config = export.config([layer.config for layer in layers])
-    if job.plan.format == "deepseek_v3":
+    config = export.config([_layer_config(stage, index) for index in range(job.plan.num_layers)])
+    if job.plan.format != "transmla":
         check_stock(weight_map, config)
     stage.write_json("model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     source.tokenizer().save_pretrained(stage.path)
@@ -389,7 +417,7 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
 
 def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None, list[str]]]:
     """The original's tensors by output shard, attention left out: (None, those of no layer), then (layer, its own)."""
-    names = [name for name, _ in skeleton(source.config).named_parameters()]
+    names = list(expected_shapes(source.config))
     groups: list[tuple[int | None, list[str]]] = [
         (None, [name for name in names if not name.startswith("model.layers.")])
     ]
@@ -402,7 +430,7 @@ def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None
 
 def _check_shapes(source: Checkpoint) -> None:
     """CheckpointError unless the files hold exactly the tensors that config.json asks for."""
-    expected = {name: tuple(parameter.shape) for name, parameter in skeleton(source.config).named_parameters()}
+    expected = expected_shapes(source.config)
     for name, shape in expected.items():
         if name not in source.shapes:
             raise CheckpointError(f"{source.path} has no tensor {name}, which its config.json asks for")
@@ -423,19 +451,21 @@ def _check_weights(source: Checkpoint, bar: Progress) -> None:
             raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; download the model again")
 
 
-def _output_bytes(export: Export, target: MLAConfig, num_layers: int) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**export.config([target] * num_layers))
-    numbers: int = sum(parameter.numel() for parameter in skeleton(config).parameters())
-    return numbers * export.dtype.itemsize
+def _output_bytes(source: Checkpoint, export: Export, target: MLAConfig, num_layers: int) -> int:
+    """Counted by an export of tensors that have no memory."""
+    names = expected_shapes(source.config)
+    with torch.device("meta"), torch.no_grad():
+        attention = models.MLAAttention(source.config, target, layer_idx=0)
+        exported = [export.attention(target, dict(attention.named_parameters()))] * num_layers
+        exported += [export.other(n, torch.empty(shape)) for n, shape in names.items() if ".self_attn." not in n]
+    return sum(tensor.numel() for tensors in exported for tensor in tensors.values()) * export.dtype.itemsize
 
 
 def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int, sequence_length: int) -> int:
     """Estimate: the libraries, the streams, and the larger of (a layer being converted, the output head)."""
     layer = {name: dims for name, dims in source.shapes.items() if name.startswith("model.layers.0.")}
     weights = 2 * 4 * sum(math.prod(dims) for dims in layer.values())
-    moments = 4 * 8 * shape.cache_dim**2  # state, balanced copy, eigenvectors, LAPACK's workspace
+    moments = 5 * 8 * shape.cache_dim**2  # state, mean, balanced copy; eigenvectors, LAPACK's workspace
     activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[0] for dims in layer.values()))
     vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
     head = (

@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["SUPPORTED", "MLAAttention", "native_classes", "native_config", "register"]
+from ..architectures import ARCHITECTURES
 
-SUPPORTED = ("llama",)
-"""Base model types that have a native form; the name of the native one is ``transmla_<base>``."""
+__all__ = ["MLAAttention", "base_model_type", "native_classes", "native_config", "register"]
+
+_PREFIX = "transmla_"
+
+
+def base_model_type(model_type: str) -> str | None:
+    """The original's model type of a native one, ``transmla_<base>``; None for any other."""
+    base = model_type.removeprefix(_PREFIX)
+    return base if base != model_type and base in ARCHITECTURES else None
 
 
 def register() -> None:
@@ -20,9 +27,9 @@ def register() -> None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
-    for base in SUPPORTED:
-        CONFIG_MAPPING_NAMES[f"transmla_{base}"] = f"TransMLA{CONFIG_MAPPING_NAMES[base]}"
-        sys.modules[f"transformers.models.transmla_{base}"] = sys.modules[__name__]
+    for base in ARCHITECTURES:
+        CONFIG_MAPPING_NAMES[_PREFIX + base] = f"TransMLA{CONFIG_MAPPING_NAMES[base]}"
+        sys.modules[f"transformers.models.{_PREFIX}{base}"] = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:

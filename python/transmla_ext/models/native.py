@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..architectures import ARCHITECTURES, family
 from ..config import MLAConfig
-from ..errors import UnsupportedModelError
-from . import SUPPORTED
 from .attention import MLAAttention
 
 __all__ = ["native_classes", "native_config"]
@@ -31,10 +30,7 @@ def native_config(base_config: PreTrainedConfig, layers: Sequence[MLAConfig]) ->
 @cache
 def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Config and causal language model of a base family's native form, registered with transformers' auto classes."""
-    if base_model_type not in SUPPORTED:
-        raise UnsupportedModelError(
-            f"model type {base_model_type!r} has no native MLA form; supported are {', '.join(SUPPORTED)}"
-        )
+    family(base_model_type)
     base_config: Any = CONFIG_MAPPING[base_model_type]
     base_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
 
@@ -42,7 +38,7 @@ def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
         model_type = f"transmla_{base_model_type}"
         # Tensor parallelism would split heads that share one latent.
         base_model_tp_plan: ClassVar = {
-            k: v for k, v in base_config.base_model_tp_plan.items() if ".self_attn." not in k
+            k: v for k, v in (base_config.base_model_tp_plan or {}).items() if ".self_attn." not in k
         }
         mla: list[dict[str, Any]] | None = None  # MLAConfig.to_dict() of each layer
 
@@ -68,7 +64,7 @@ def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
 
 
 def __getattr__(name: str) -> Any:
-    for base in SUPPORTED:
+    for base in ARCHITECTURES:
         for native_class in native_classes(base):
             if native_class.__name__ == name:
                 return native_class

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Piece:
     new: slice  # of the step's tokens
     seqlen: int  # tokens in the cache, the new ones included
     blocks: Tensor  # [ceil(seqlen / block_size)], int32
-    mask: Tensor | None  # [num_new, seqlen], bool; None where the new tokens are the whole sequence
+    masks: Mapping[int, Tensor | None]  # by sliding window, [num_new, seqlen], bool; None: the whole sequence, causal
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Step:
 class PagedAttention(nn.Module):
     """Latent attention with the weights of a native or DeepSeek attention module, which it replaces in a decoder layer.
 
-    One new token for each sequence runs absorbed, through the ops; a prompt expands keys and values once per chunk.
+    One new token for each sequence runs absorbed, through the ops; a prompt expands keys and values once per chunk,
+    unless its scores are soft-capped, which SDPA does not do and ops.mla_decode does. Where queries and keys are
+    normalised, the projections in front of the norms run in plain torch.
 
     Args:
         attention: MLAAttention or DeepseekV3Attention.
@@ -54,15 +56,19 @@ class PagedAttention(nn.Module):
         self.mla = mla
         self.layer_idx = layer_idx
         self.softmax_scale = float(attention.scaling)
+        shape = getattr(attention, "shape", None)
+        self.softcap = 0.0 if shape is None else float(shape.softcap)
+        self.sliding_window = 0 if shape is None else int(shape.sliding_window)
+        self.normed = attention if hasattr(attention, "k_norm") else None
         self.o_proj = attention.o_proj
-        self.w_kv_a = attention.kv_a_proj_with_mqa.weight
+        self.kv_a = attention.kv_a_proj_with_mqa
         self.w_kv_b = attention.kv_b_proj.weight
         self.w_uk, w_uv = self.w_kv_b.unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim)).split(
             (mla.qk_nope_head_dim, mla.v_head_dim), dim=1
         )
         self.w_uv_t = w_uv.mT
         self.w_q_a = attention.q_a_proj.weight if mla.q_lora_rank is not None else None
-        self.w_q = (attention.q_proj if mla.q_lora_rank is None else attention.q_b_proj).weight
+        self.q = attention.q_proj if mla.q_lora_rank is None else attention.q_b_proj
         q_a_norm, kv_norm = (getattr(attention, name, None) for name in ("q_a_layernorm", "kv_a_layernorm"))
         self.q_a_norm = None if q_a_norm is None else q_a_norm.weight
         self.kv_norm = None if kv_norm is None else kv_norm.weight
@@ -71,62 +77,89 @@ class PagedAttention(nn.Module):
     def forward(self, hidden_states: Tensor, step: Step, **_: Any) -> tuple[Tensor, None]:
         """Attention output [1, num_tokens, hidden_size] for the packed tokens of a step."""
         attend = self._decode if step.pieces is None else self._prefill
-        return self.o_proj(attend(hidden_states[0], step)).unsqueeze(0), None
+        return self.o_proj(attend(hidden_states[0], step).flatten(1)).unsqueeze(0), None
 
     def _decode(self, hidden: Tensor, step: Step) -> Tensor:
         tables, latent_cache = step.tables, step.latent_caches[self.layer_idx]
-        q = ops.mla_project(
-            hidden,
-            self.w_q,
-            self.w_kv_a,
-            self.w_uk,
-            step.cos_sin[self.layer_idx],
-            tables.positions,
-            tables.slot_mapping,
-            latent_cache,
-            w_q_a=self.w_q_a,
-            q_a_norm=self.q_a_norm,
-            kv_norm=self.kv_norm,
-            norm_eps=self.norm_eps,
-        )
-        out, _ = ops.mla_decode(
-            q.unsqueeze(1),
-            latent_cache,
-            tables.block_table,
-            tables.cache_seqlens,
-            self.mla.kv_lora_rank,
-            self.softmax_scale,
-        )
-        return torch.bmm(out.squeeze(1).transpose(0, 1), self.w_uv_t).transpose(0, 1).flatten(1)
+        if self.normed is not None:
+            q = self._absorb(self._append(hidden, step)[0])
+        else:
+            q = ops.mla_project(
+                hidden,
+                self.q.weight,
+                self.kv_a.weight,
+                self.w_uk,
+                step.cos_sin[self.layer_idx],
+                tables.positions,
+                tables.slot_mapping,
+                latent_cache,
+                w_q_a=self.w_q_a,
+                q_a_norm=self.q_a_norm,
+                kv_norm=self.kv_norm,
+                b_q=self.q.bias,
+                b_kv_a=self.kv_a.bias,
+                norm_eps=self.norm_eps,
+            )
+        return self._attend_absorbed(q.unsqueeze(1), latent_cache, tables.block_table, tables.cache_seqlens)
 
     def _prefill(self, hidden: Tensor, step: Step) -> Tensor:
+        latent_cache = step.latent_caches[self.layer_idx]
+        q, new_rows = self._append(hidden, step)
+        outs = []
+        for piece in step.pieces or ():
+            if self.softcap:
+                seqlen = torch.tensor([piece.seqlen], dtype=torch.int32, device=q.device)
+                absorbed = self._absorb(q[piece.new]).unsqueeze(0)
+                outs.append(self._attend_absorbed(absorbed, latent_cache, piece.blocks.unsqueeze(0), seqlen))
+                continue
+            whole = piece.new.stop - piece.new.start == piece.seqlen
+            rows = new_rows[piece.new] if whole else latent_cache[piece.blocks].flatten(0, 1)[: piece.seqlen]
+            outs.append(self._attend_expanded(q[piece.new], rows, piece.masks[self.sliding_window]))
+        return torch.cat(outs)
+
+    def _append(self, hidden: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Queries [num_tokens, num_heads, nope + rope] and cache rows of new tokens, rotated; the rows are stored."""
         mla, latent_cache = self.mla, step.latent_caches[self.layer_idx]
         cos, sin = step.cos_sin[self.layer_idx][step.tables.positions].chunk(2, dim=-1)
-
-        kv_a = F.linear(hidden, self.w_kv_a)
+        q_nope, q_pe, kv_a = self._project(hidden)
         latent, k_pe = kv_a.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
         if self.kv_norm is not None:
             latent = F.rms_norm(latent, latent.shape[-1:], self.kv_norm, self.norm_eps)
         new_rows = torch.cat((latent, rotate_pairs(k_pe, cos, sin).to(latent.dtype)), dim=-1)
         latent_cache.view(-1, mla.cache_dim)[step.tables.slot_mapping] = new_rows
+        q_pe = rotate_pairs(q_pe, cos.unsqueeze(1), sin.unsqueeze(1)).to(q_nope.dtype)
+        return torch.cat((q_nope, q_pe), dim=-1), new_rows
 
-        if self.w_q_a is not None:
-            hidden = F.linear(hidden, self.w_q_a)
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.normed is not None:
+            return *self.normed.queries(hidden), self.normed.latents(hidden)
+        q_in = hidden if self.w_q_a is None else F.linear(hidden, self.w_q_a)
         if self.q_a_norm is not None:
-            hidden = F.rms_norm(hidden, hidden.shape[-1:], self.q_a_norm, self.norm_eps)
-        q = F.linear(hidden, self.w_q).unflatten(-1, (self.w_uk.size(0), -1))
-        q_nope, q_pe = q.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
-        q = torch.cat((q_nope, rotate_pairs(q_pe, cos.unsqueeze(1), sin.unsqueeze(1)).to(q.dtype)), dim=-1)
+            q_in = F.rms_norm(q_in, q_in.shape[-1:], self.q_a_norm, self.norm_eps)
+        q = self.q(q_in).unflatten(-1, (self.w_uk.size(0), -1))
+        return *q.split((self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim), dim=-1), self.kv_a(hidden)
 
-        outs = []
-        for piece in step.pieces or ():
-            whole = piece.mask is None
-            rows = new_rows[piece.new] if whole else latent_cache[piece.blocks].flatten(0, 1)[: piece.seqlen]
-            outs.append(self._attend(q[piece.new], rows, piece.mask))
-        return torch.cat(outs).flatten(1)
+    def _absorb(self, q: Tensor) -> Tensor:
+        """Queries over cache rows, [num_tokens, num_heads, kv_lora_rank + rope], from those over keys."""
+        q_nope, q_pe = q.split((self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim), dim=-1)
+        return torch.cat((torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1), q_pe), dim=-1)
 
-    def _attend(self, q: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """Expanded attention of a sequence's new tokens over its cache rows: [num_new, num_heads, v_head_dim]."""
+    def _attend_absorbed(self, q: Tensor, latent_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+        """[batch_size * seqlen_q, num_heads, v_head_dim] from queries [batch_size, seqlen_q, num_heads, cache_dim]."""
+        out, _ = ops.mla_decode(
+            q,
+            latent_cache,
+            block_table,
+            cache_seqlens,
+            self.mla.kv_lora_rank,
+            self.softmax_scale,
+            softcap=self.softcap,
+            sliding_window=self.sliding_window,
+        )
+        return torch.bmm(out.flatten(0, 1).transpose(0, 1), self.w_uv_t).transpose(0, 1)
+
+    def _attend_expanded(self, q: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of a sequence's new tokens over its cache rows: [num_new, num_heads, v_head_dim]."""
         mla, num_heads = self.mla, q.size(1)
         latent, k_pe = rows.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
         kv = F.linear(latent, self.w_kv_b).unflatten(-1, (num_heads, -1))

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..architectures import Architecture, family
 from ..config import MLAConfig
 from ..errors import CheckpointError, UnsupportedModelError
-from ..models import SUPPORTED
+from ..models import base_model_type
 from .attention import PagedAttention, Piece, Step
 from .cache import CachedSequence, PagedLatentCache
 from .generate import Generation, Request, Sampling, TextStream, run
@@ -79,7 +80,12 @@ def _check_checkpoint(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: expected the directory of a finished conversion")
     model_type = json.loads((path / "config.json").read_text()).get("model_type")
-    if model_type not in ("deepseek_v3", *(f"transmla_{base}" for base in SUPPORTED)):
+    if model_type == "deepseek_v2":
+        raise UnsupportedModelError(
+            f"{path}: transformers routes deepseek_v2 experts without norm_topk_prob; serve it with vLLM or SGLang, or "
+            "convert the original with format='transmla'"
+        )
+    if model_type != "deepseek_v3" and base_model_type(str(model_type)) is None:
         raise UnsupportedModelError(
             f"{path}: model type {model_type!r} has no latent attention; convert it first: transmla convert {path} OUT"
         )
@@ -124,8 +130,11 @@ class MLAModel:
             block_size=block_size,
             max_tokens=max_tokens,
         )
+        base = base_model_type(model.config.model_type)
+        self._architecture = Architecture() if base is None else family(base)
         for layer_idx, (layer, shape) in enumerate(zip(model.model.layers, shapes, strict=True)):
             layer.self_attn = PagedAttention(layer.self_attn, shape, layer_idx)
+        self._windows = {layer.self_attn.sliding_window for layer in model.model.layers}
         self._decoder = model.model
         self._lm_head = model.lm_head
         self._rope_slots = [shape.rope_slots for shape in shapes]
@@ -305,6 +314,7 @@ class MLAModel:
         step = Step(tables, pieces, self.cache.layers, cos_sin)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         hidden = self._decoder.embed_tokens(tokens).unsqueeze(0)
+        hidden *= self._architecture.embedding_scale(self.config)
         for layer in self._decoder.layers:
             hidden = layer(hidden, step=step)
         return list(hidden[0].split(num_new))
@@ -313,13 +323,18 @@ class MLAModel:
         pieces = []
         start = 0
         for sequence, num, blocks in zip(sequences, num_new, block_table, strict=True):
-            seqlen = sequence.length
-            mask = None
-            if num < seqlen:
-                mask = torch.ones(num, seqlen, dtype=torch.bool, device=self.device).tril(seqlen - num)
-            pieces.append(Piece(slice(start, start + num), seqlen, blocks[: -(-seqlen // self.cache.block_size)], mask))
+            blocks = blocks[: -(-sequence.length // self.cache.block_size)]
+            masks = {window: self._mask(num, sequence.length, window) for window in self._windows}
+            pieces.append(Piece(slice(start, start + num), sequence.length, blocks, masks))
             start += num
         return pieces
+
+    def _mask(self, num: int, seqlen: int, window: int) -> Tensor | None:
+        """Which tokens the last num of a sequence see: [num, seqlen], bool; None if that is just causal."""
+        if num == seqlen and not 0 < window < seqlen:
+            return None
+        mask = torch.ones(num, seqlen, dtype=torch.bool, device=self.device).tril(seqlen - num)
+        return mask.triu(seqlen - num - window + 1) if window else mask
 
     def _rope_tables(self, num_positions: int) -> list[Tensor]:
         """Cosines and sines of every layer's slots, for at least so many positions."""
@@ -332,8 +347,7 @@ class MLAModel:
         return self._cos_sin
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._lm_head(self._decoder.norm(hidden))
-        return logits
+        return self._architecture.logits(self.config, self._lm_head(self._decoder.norm(hidden)))
 
 
 def _layer_shapes(config: PretrainedConfig) -> list[MLAConfig]:

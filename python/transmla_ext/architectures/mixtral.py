@@ -1,0 +1,46 @@
+"""Mixtral: Mistral with a mixture of experts, which the conversion leaves alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .base import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["Mixtral"]
+
+
+class Mixtral(Architecture):
+    """Its router is DeepSeek-V2's with renormalised weights; DeepSeek-V3's takes a sigmoid of every logit instead."""
+
+    model_type = "mixtral"
+    models = "Mixtral 8x7B, 8x22B"
+    attention = "sliding window if set; experts untouched"
+    stock_format = "deepseek_v2"
+
+    def stored(self, name: str, config: PretrainedConfig) -> str | list[list[str]]:
+        block, found, rest = name.partition(".mlp.")
+        if not found:
+            return name
+        if rest == "gate.weight":
+            return f"{block}.block_sparse_moe.gate.weight"
+        parts = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}[rest]
+        return [
+            [f"{block}.block_sparse_moe.experts.{expert}.{part}.weight" for part in parts]
+            for expert in range(config.num_local_experts)
+        ]
+
+    def stock_tensors(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        mlp, found, stacked = name.partition(".experts.")
+        if not found:
+            return {name: tensor}
+        parts = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else ("down_proj",)
+        return {
+            f"{mlp}.experts.{expert}.{part}.weight": rows
+            for expert, weight in enumerate(tensor)
+            for part, rows in zip(parts, weight.chunk(len(parts)), strict=True)
+        }

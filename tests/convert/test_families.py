@@ -1,5 +1,6 @@
 """Every family: exact at full rank, whole at half the cache, in transformers and in the runtime."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, token_rows
+from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
 import transmla_ext
 from transmla_ext.architectures import ARCHITECTURES
 from transmla_ext.convert import ConversionReport
+from transmla_ext.convert.export import NativeExport
+from transmla_ext.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,3 +102,94 @@ def test_half_the_cache_converts_saves_loads_and_generates(
     assert greedy(load(tmp_path / "saved"), prompts) == continuations
     runtime = transmla_ext.load(tmp_path / "out", block_size=8)
     assert [g.tokens for g in runtime.generate(prompts, max_new_tokens=24, eos=())] == continuations
+
+
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama2-mha": CASES["llama2-mha"],
+    "llama3-tied": ("llama", {"head_dim": 32, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 512}),  # as long as the context: it hides nothing
+    "phi3": CASES["phi3"],
+    "phi3-whole-head": CASES["phi3-whole-head"],
+    "granite": CASES["granite"],
+}
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("case", STOCK)
+def test_the_stock_checkpoint_gives_the_native_logits(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    model_type, fields = STOCK[case]
+    path = tiny_model(model_type, **fields)
+    options: dict[str, Any] = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+    stock_report = convert(path, tmp_path / "stock", format="deepseek_v3", **options)
+    stock = load(tmp_path / "stock")
+    assert type(stock).__name__ == "DeepseekV3ForCausalLM"
+    if "llama3" in case:  # one of its four slots has a frequency of its own, so the native model must do without too
+        assert stock_report.plan.mla["qk_rope_head_dim"] == 6
+        monkeypatch.setattr(NativeExport, "frequencies", {0: 0, 8: 2, 12: 3})
+    native_report = convert(path, tmp_path / "native", **options)
+    assert native_report.layers == stock_report.layers
+    tokens = token_rows(path, TEXT, 2, 300)
+    with torch.no_grad():
+        original, expected, actual = (model(tokens).logits for model in (load(path), load(tmp_path / "native"), stock))
+    assert kl(expected, actual) <= 1e-6
+    assert kl(original, actual) > 1e-3  # half the cache is gone: equality would mean nothing converted
+    runtime = transmla_ext.load(tmp_path / "stock", block_size=8)
+    logits, _ = runtime.prefill([tokens[0].tolist()])
+    torch.testing.assert_close(logits, actual[:1, -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("llama", "biases"),
+        ("mistral", "a window of less than its 512 positions"),
+        ("qwen2", "biases.*a window"),
+        ("qwen3", "a norm of queries and keys, biases"),
+        ("qwen3_moe", "a norm of queries and keys"),
+        ("gemma2", "soft-capped scores, a window .*gelu.*norms after attention and MLP, soft-capped logits"),
+    ],
+)
+def test_what_the_stock_format_has_no_place_for_is_named(
+    tiny_model: Callable[..., Path], tmp_path: Path, case: str, words: str
+) -> None:
+    path = tiny_model(case, **FAMILIES[case])
+    with pytest.raises(UnsupportedModelError, match=f"deepseek_v3 has no place for .*{words}"):
+        convert(path, tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8, format="deepseek_v3")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("experts_per_token", [2, 4])
+def test_mixtral_is_a_deepseek_v2_for_engines_that_renormalise(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts_per_token: int
+) -> None:
+    path = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=experts_per_token, sliding_window=None)
+    options: dict[str, Any] = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+    with pytest.raises(UnsupportedModelError, match="a mixtral model is exported as deepseek_v2, not as deepseek_v3"):
+        convert(path, tmp_path / "stock", format="deepseek_v3", **options)
+    convert(path, tmp_path / "native", **options)
+    convert(path, tmp_path / "stock", format="deepseek_v2", **options)
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["norm_topk_prob"]
+    if experts_per_token < 4:  # with all experts the weights sum to one anyhow, and transformers is right as it is
+        route = DeepseekV2TopkRouter.forward
+
+        def renormalised(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits, weights, experts = route(self, hidden)
+            return logits, weights / weights.sum(-1, keepdim=True), experts
+
+        monkeypatch.setattr(DeepseekV2TopkRouter, "forward", renormalised)
+    stock = load(tmp_path / "stock")
+    assert type(stock).__name__ == "DeepseekV2ForCausalLM"
+    tokens = token_rows(path, TEXT, 2, 300)
+    with torch.no_grad():
+        assert kl(load(tmp_path / "native")(tokens).logits, stock(tokens).logits) <= 1e-6
+    with pytest.raises(UnsupportedModelError, match="without norm_topk_prob; serve it with vLLM"):
+        transmla_ext.load(tmp_path / "stock")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .base import Architecture
@@ -39,8 +40,11 @@ class Mixtral(Architecture):
         if not found:
             return {name: tensor}
         parts = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else ("down_proj",)
+        # A DeepSeek layer has a shared expert, and no engine can be told that there is none: one of zeros adds nothing.
+        experts = {f"experts.{number}": weight for number, weight in enumerate(tensor)}
+        experts["shared_experts"] = torch.zeros_like(tensor[0])
         return {
-            f"{mlp}.experts.{expert}.{part}.weight": rows
-            for expert, weight in enumerate(tensor)
+            f"{mlp}.{expert}.{part}.weight": rows
+            for expert, weight in experts.items()
             for part, rows in zip(parts, weight.chunk(len(parts)), strict=True)
         }

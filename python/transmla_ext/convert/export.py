@@ -174,7 +174,7 @@ class StockExport(Export):
             "moe_layer_freq": 1,
             "n_group": 1,
             "n_routed_experts": num_experts or 1,
-            "n_shared_experts": None if num_experts else 1,
+            "n_shared_experts": 1,
             "norm_topk_prob": True,
             "num_experts_per_tok": base.num_experts_per_tok if num_experts else 1,
             "num_nextn_predict_layers": 0,

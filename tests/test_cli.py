@@ -1,5 +1,6 @@
 """The command line does what its help says, and a mistake is one line."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["transmla", *map(str, arguments)])
+        capsys.readouterr()  # what making the model printed
         with pytest.raises(SystemExit) as exit_:
             main()
         out, err = capsys.readouterr()
@@ -63,6 +65,25 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     assert run("generate", tiny_llama(), "x").err.startswith("error: ")
 
 
+def test_plan_prints_a_table_or_json(run: Callable[..., Result], tiny_llama: Callable[..., Path]) -> None:
+    options = ("plan", tiny_llama(), "--gpu", "1,100,10", "--candidate", "24+8", "--candidate", "40+16")
+    table = run(*options)
+    assert table.code == 0, table.err
+    assert "original" in table.out
+    assert "24 + 8" in table.out
+    values = json.loads(run(*options, "--json").out)
+    assert [c["cache_bytes_per_token"] for c in values["candidates"]] == [2 * 2 * 32, 2 * 2 * 56]
+    assert values["original"]["cache_bytes_per_token"] == 2 * 2 * 64
+
+
+def test_a_plan_that_cannot_be_is_one_line(run: Callable[..., Result], tiny_llama: Callable[..., Path]) -> None:
+    for options in (("absent",), (tiny_llama(), "--gpu", "4090"), (tiny_llama(), "--candidate", "24+6")):
+        bad = run("plan", *options)
+        assert bad.code == 2
+        assert bad.err.startswith("error: ")
+        assert len(bad.err.splitlines()) == 1
+
+
 def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
     result = run("env")
     assert result.code == 0, result.err
@@ -70,9 +91,11 @@ def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
         assert word in result.out
 
 
-@pytest.mark.parametrize("command", ["convert", "generate"])
-def test_help_has_examples(run: Callable[..., Result], command: str) -> None:
-    assert "Example" in run(command, "--help").out
+@pytest.mark.parametrize(("command", "default"), [("convert", "free]"), ("generate", "checkpoint's]"), ("plan", "%]")])
+def test_help_has_examples_and_defaults(run: Callable[..., Result], command: str, default: str) -> None:
+    text = run(command, "--help").out
+    assert "Example" in text
+    assert default in text
 
 
 def test_the_package_runs_as_a_module() -> None:

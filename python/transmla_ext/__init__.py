@@ -8,6 +8,7 @@
 
 from . import errors, ops, reference
 from ._lib import get_cmake_dir, get_include
+from .capacity import plan
 from .config import MLAConfig
 from .convert import convert
 from .models import register
@@ -21,6 +22,7 @@ __all__ = [
     "get_include",
     "load",
     "ops",
+    "plan",
     "reference",
 ]
 

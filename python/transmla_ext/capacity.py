@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["GPU", "GPUS", "Capacity", "CapacityPlan", "DecodeStep", "plan"]
 
 _ITEMSIZE = 2  # weights and cache are bf16
-_MEMORY_FRACTION = 0.9  # of a GPU's memory that weights and cache may fill: the default of vLLM
+_MEMORY_FRACTION = 0.9  # of a GPU's memory that weights and cache may fill: vLLM's gpu_memory_utilization
 _UNBOUNDED = 1 << 40  # tokens; a sequence gets there only if every layer has a window
 _CUTS = (0.5, 0.6875, 0.875, 0.93)  # of the cache; the last three are those that papers report
 # kv_lora_rank + qk_rope_head_dim that decode kernels take of a stock checkpoint; prefill kernels want heads of 128 and
@@ -115,6 +115,7 @@ class CapacityPlan:
     gpu: GPU
     tensor_parallel: int
     context: int
+    num_layers: int
     max_positions: int
     original: Capacity
     candidates: tuple[Capacity, ...]
@@ -143,10 +144,10 @@ class CapacityPlan:
             )
         if self.context > self.max_positions:
             notes.append(f"The model was made for {self.max_positions:,} positions, not for {self.context:,}.")
-        notes.append(
-            "Engines load native checkpoints, stock ones or both; padded is stock, with zeros up to 512 + 64 and the "
-            "cache of that."
-        )
+        notes.append("Engines load native checkpoints, stock ones or both.")
+        if any("padded" in column.engines.values() for column in self.candidates):
+            padded = 576 * _ITEMSIZE * self.num_layers
+            notes[-1] += f" Padded is stock with zeros up to 512 + 64, which are {padded:,} bytes per token."
         if self.no_stock_export:
             notes.append(f"No stock checkpoint for vLLM and SGLang, which have no place for {self.no_stock_export}.")
         return notes
@@ -233,6 +234,7 @@ def plan(
         gpu=gpu,
         tensor_parallel=tensor_parallel,
         context=context,
+        num_layers=config.num_hidden_layers,
         max_positions=config.max_position_embeddings,
         original=original,
         candidates=tuple(group.capacity(mla, original) for mla in layers),

@@ -1,7 +1,8 @@
-"""The command line: transmla convert, generate, env."""
+"""The command line: transmla plan, convert, generate, env."""
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import Enum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .capacity import GPUS
 from .errors import TransMLAError
 
 __all__ = ["app", "main"]
@@ -54,19 +56,20 @@ def convert(
         str, typer.Option(help="Numbers of the latent per token, or 'full': nothing lost.")
     ] = "512",
     qk_rope_head_dim: Annotated[
-        int | None, typer.Option(help="Numbers of the shared RoPE key. [default: 64, or head_dim if less]")
+        int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: 64, or head_dim if less]")
     ] = None,
     q_lora_rank: Annotated[int | None, typer.Option(help="Factor the query projection too, to this rank.")] = None,
     format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
     freqfold: Annotated[str, typer.Option(help="RoPE frequencies folded into one, or 'auto'.")] = "auto",
     calibration: Annotated[
-        str | None, typer.Option(help="Text file or `datasets` name. [default: text that comes with Python]")
+        str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
     sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
-    dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. [default: the model's]")] = None,
+    dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. \\[default: the model's]")] = None,
     pad_to_engine: Annotated[
-        bool | None, typer.Option(help="deepseek_v3: pad to the shapes that engines' kernels take. [default: if free]")
+        bool | None,
+        typer.Option(help="deepseek_v3: pad to the shapes that engines' kernels take. \\[default: if free]"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output directory.")] = False,
@@ -112,7 +115,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
-    dtype: Annotated[DTypeName | None, typer.Option(help="To compute in. [default: the checkpoint's]")] = None,
+    dtype: Annotated[DTypeName | None, typer.Option(help="To compute in. \\[default: the checkpoint's]")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
 ) -> None:
     """Continue a prompt with a converted model, on this package's kernels."""
@@ -131,6 +134,30 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  transmla plan Llama-2-7b-hf\n\n"
+    "  transmla plan Llama-3.1-8B/config.json --gpu A100-80GB --context 32768 --candidate 512+64 --candidate 192+64\n\n"
+    "  transmla plan Mixtral-8x7B-v0.1 --gpu 48,864,181 --tensor-parallel 4 --json"
+)
+def plan(
+    model: Annotated[Path, typer.Argument(help="config.json, or a directory that has one; no weight is read.")],
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or 'GB,GB/s,TFLOP/s'.")] = "H100",
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 8192,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="kv_lora_rank+qk_rope_head_dim; may be repeated. \\[default: 512+64, cuts of 50 to 93 %]"),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Predict cache, batch, context and decode speed of a model before and after conversion."""
+    from .capacity import plan as predict
+
+    result = predict(model, gpu=gpu, context=context, candidates=candidate or (), tensor_parallel=tensor_parallel)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
 
 
 @app.command()

@@ -173,6 +173,10 @@ def test_engines_and_the_shapes_they_take() -> None:
     assert engines(LLAMA_2_7B, "96+32") == ("both", "both", "padded", "padded", "padded", "padded")
     assert engines(LLAMA_2_7B, "960+64") == ("both", "both", "no", "no", "no", "stock")
     assert engines(LLAMA_2_7B, "448+128") == ("both", "both", "no", "no", "no", "no")
+    one_head = LlamaConfig(
+        num_key_value_heads=1, num_attention_heads=64
+    )  # all of its key is RoPE: no place in DeepSeek
+    assert engines(one_head, "48+64") == ("native", "native", "no", "no", "no", "no")
     assert engines(Phi3Config(), "512+48") == ("both", "both", "no", "no", "no", "no")  # heads of 96
     assert engines(MIXTRAL_8X7B, "512+64") == ("native", "native", "stock", "stock", "stock", "stock")
 
@@ -216,7 +220,7 @@ def test_the_table_puts_the_numbers_into_the_formula(tmp_path: Path) -> None:
         ({"context": 0}, "context must be at least 1 token, got 0"),
         ({"tensor_parallel": 3}, "tensor_parallel must divide the 32 heads, got 3"),
         ({"candidates": ["512"]}, r"kv_lora_rank\+qk_rope_head_dim, such as 512\+64; got '512'"),
-        ({"candidates": ["512+48"]}, "multiple of 8 that divides 128, got 48"),
+        ({"candidates": ["512+48"]}, r"multiple of 8 that divides the 128 numbers .* got 48"),
         ({"candidates": [(8192, 64)]}, r"from 8 to 8128 \(nothing lost\), got 8192"),
         ({"candidates": ["100+64"]}, "kv_lora_rank must be a multiple of 8"),
     ],

@@ -315,7 +315,7 @@ class _Group:
             full=step(max_batch_size),
             alike=step(alike),
             single=step(1),
-            engines=_engines(self.shape, mla, self.stock_format) if mla else {},
+            engines=_engines(self.shape, mla, self.stock_format if mla.qk_nope_head_dim else None) if mla else {},
         )
 
     def _cache_dim(self, mla: MLAConfig | None, num_gpus: int) -> int:
@@ -398,17 +398,11 @@ def _default_pairs(shape: AttentionShape) -> list[tuple[int, int]]:
 
 def _mla(shape: AttentionShape, kv_lora_rank: int, qk_rope_head_dim: int) -> MLAConfig:
     """The layer that convert() makes, or ValueError for one that it refuses."""
-    most = shape.cache_dim - qk_rope_head_dim
-    if qk_rope_head_dim < 8 or qk_rope_head_dim % 8 or shape.rotary_dim % qk_rope_head_dim:
-        raise ValueError(
-            f"qk_rope_head_dim must be a multiple of 8 that divides {shape.rotary_dim}, got {qk_rope_head_dim}"
-        )
-    if not 8 <= kv_lora_rank <= most or kv_lora_rank % 8:
-        raise ValueError(f"kv_lora_rank must be a multiple of 8 from 8 to {most} (nothing lost), got {kv_lora_rank}")
+    shape.check_ranks(kv_lora_rank, qk_rope_head_dim)
     return MLAConfig(
         kv_lora_rank=kv_lora_rank,
         qk_rope_head_dim=qk_rope_head_dim,
-        qk_nope_head_dim=shape.head_dim,
+        qk_nope_head_dim=0 if qk_rope_head_dim == shape.kv_dim else shape.head_dim,
         v_head_dim=shape.head_dim,
         rope_slots=tuple(range(qk_rope_head_dim // 2)),
     )

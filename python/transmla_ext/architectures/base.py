@@ -60,6 +60,19 @@ class AttentionShape:
         """Numbers cached per token before the conversion."""
         return 2 * self.kv_dim
 
+    def check_ranks(self, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+        """ValueError for a latent and a RoPE key that the attention cannot be converted to."""
+        if qk_rope_head_dim < 8 or qk_rope_head_dim % 8 or self.rotary_dim % qk_rope_head_dim:
+            raise ValueError(
+                f"qk_rope_head_dim must be a multiple of 8 that divides the {self.rotary_dim} numbers of a head that "
+                f"RoPE turns, got {qk_rope_head_dim}"
+            )
+        most = self.cache_dim - qk_rope_head_dim
+        if not 8 <= kv_lora_rank <= most or kv_lora_rank % 8:
+            raise ValueError(
+                f"kv_lora_rank must be a multiple of 8 from 8 to {most} (nothing lost), got {kv_lora_rank}"
+            )
+
 
 @dataclass(frozen=True)
 class Projections:

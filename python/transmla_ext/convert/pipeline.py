@@ -264,14 +264,7 @@ def _ranks(
     rank, rope = kv_lora_rank, qk_rope_head_dim
     if rope is None:
         rope = max((dim for dim in range(8, 65, 8) if shape.rotary_dim % dim == 0), default=0)
-    if rope < 8 or rope % 8 or shape.rotary_dim % rope:
-        raise ValueError(
-            f"qk_rope_head_dim must be a multiple of 8 that divides the {shape.rotary_dim} numbers of a head that RoPE "
-            f"turns, got {rope}"
-        )
-    most = shape.cache_dim - rope
-    if not 8 <= rank <= most or rank % 8:
-        raise ValueError(f"kv_lora_rank must be a multiple of 8 from 8 to {most} (nothing lost), got {rank}")
+    shape.check_ranks(rank, rope)
     return rank, rope
 
 

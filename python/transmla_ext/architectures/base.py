@@ -100,6 +100,9 @@ class Architecture:
     model_type: ClassVar[str]
     models: ClassVar[str]  # the best-known ones
     attention: ClassVar[str]  # what its attention has that Llama's has not
+    # Which of attention_bias, sliding_window, layer_types and partial_rotary_factor its attention reads in the config;
+    # a config may hold the others and mean nothing by it.
+    reads: ClassVar[tuple[str, ...]] = ()
     stock_format: ClassVar[Literal["deepseek_v3", "deepseek_v2"]] = "deepseek_v3"
 
     def unsupported(self, config: PretrainedConfig) -> str | None:
@@ -136,18 +139,20 @@ class Architecture:
     def shape(self, config: PretrainedConfig, layer_idx: int = 0) -> AttentionShape:
         """Of one layer; the layers of a model differ in their sliding_window at most."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layer_types = getattr(config, "layer_types", None)
-        windowed = layer_types is None or layer_types[layer_idx] == "sliding_attention"
+        bias = "attention_bias" in self.reads and config.attention_bias
+        windowed = "layer_types" not in self.reads or config.layer_types[layer_idx] == "sliding_attention"
+        window = config.sliding_window if "sliding_window" in self.reads and windowed else None
+        partial = config.rope_parameters["partial_rotary_factor"] if "partial_rotary_factor" in self.reads else 1.0
         return AttentionShape(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
-            rotary_dim=int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
+            rotary_dim=int(head_dim * partial),
             softmax_scale=head_dim**-0.5,
-            sliding_window=(getattr(config, "sliding_window", None) or 0) if windowed else 0,
-            qkv_bias=getattr(config, "attention_bias", False),
-            o_bias=getattr(config, "attention_bias", False),
+            sliding_window=window or 0,
+            qkv_bias=bias,
+            o_bias=bias,
         )
 
     def projections(self, attention: nn.Module) -> Projections:

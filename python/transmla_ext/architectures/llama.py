@@ -9,3 +9,4 @@ class Llama(Architecture):
     model_type = "llama"
     models = "Llama 1/2/3.x, SmolLM, SmolLM2, TinyLlama, Yi"
     attention = "GQA, MQA or MHA; scaled RoPE (llama3, linear, YaRN); biases if attention_bias"
+    reads = ("attention_bias",)

@@ -9,3 +9,4 @@ class Mistral(Architecture):
     model_type = "mistral"
     models = "Mistral 7B, Nemo, Small"
     attention = "sliding window (v0.1)"
+    reads = ("sliding_window",)

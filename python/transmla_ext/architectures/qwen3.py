@@ -25,6 +25,7 @@ class Qwen3(Architecture):
     model_type = "qwen3"
     models = "Qwen3"
     attention = "RMSNorm of queries and keys"
+    reads = ("attention_bias", "sliding_window", "layer_types")
 
     def shape(self, config: PretrainedConfig, layer_idx: int = 0) -> AttentionShape:
         return replace(super().shape(config, layer_idx), qk_norm_eps=config.rms_norm_eps)
@@ -34,6 +35,7 @@ class Qwen3Moe(Qwen3):
     model_type = "qwen3_moe"
     models = "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder"
     attention = "RMSNorm of queries and keys; experts untouched"
+    reads = ("attention_bias", "sliding_window")
 
     def stored(self, name: str, config: PretrainedConfig) -> str | list[list[str]]:
         mlp, found, stacked = name.partition(".experts.")

@@ -10,7 +10,7 @@ import torch
 from transmla_ext._lib import core
 
 pytest_plugins = ["models"]
-pytest.register_assert_rewrite("accuracy")
+pytest.register_assert_rewrite("accuracy", "matrices")
 collect_ignore = ["cuda", "ptxvm"]  # need nvcc: `make test-cuda` names them
 
 

@@ -8,10 +8,8 @@
 
 namespace transmla {
 
-// Larger matrices go to LAPACK, whose blocked algorithms then win over one core per matrix.
-constexpr int64_t kPcaDirectLimit = 128;
-
-inline std::tuple<Tensor, Tensor> lapack_pca(const Tensor& cov) {
+// For large matrices: LAPACK's, or cuSOLVER's.
+inline std::tuple<Tensor, Tensor> torch_pca(const Tensor& cov) {
   const auto [ascending, columns] = call_aten<2>("aten::linalg_eigh", "", cov, std::string("L"));
   const std::array<int64_t, 1> last = {-1};
   const auto flip = [&](const Tensor& x) {
@@ -42,8 +40,8 @@ std::tuple<Tensor, Tensor> batched_pca(const Tensor& cov) {
     }
   }
   Tensor eigenvalues, eigenvectors;
-  if (dim.size > kPcaDirectLimit) {
-    std::tie(eigenvalues, eigenvectors) = lapack_pca(wide);
+  if (dim.size > Backend::kMaxPcaDim) {
+    std::tie(eigenvalues, eigenvectors) = torch_pca(wide);
   } else {
     eigenvalues = torch::stable::new_empty(wide, {cov.size(0), dim.size});
     eigenvectors = torch::stable::empty_like(wide);

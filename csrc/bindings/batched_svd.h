@@ -10,9 +10,6 @@
 
 namespace transmla {
 
-// Larger matrices go to LAPACK, whose blocked algorithms then win over one core per matrix.
-constexpr int64_t kSvdDirectLimitShort = 64, kSvdDirectLimitLong = 512;
-
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> batched_svd(const Tensor& a) {
   const Check check("batched_svd", a);
@@ -24,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> batched_svd(const Tensor& a) {
   const Tensor wide = torch::stable::contiguous(to_dtype(a, ScalarType::Double));
   if constexpr (Backend::kOnHost) check.finite("a", wide.const_data_ptr<double>(), wide.numel());
   Tensor u, s, vh;
-  if (k > kSvdDirectLimitShort || std::max(rows, cols) > kSvdDirectLimitLong) {
+  if (k > Backend::kMaxSvdShortSide || std::max(rows, cols) > Backend::kMaxSvdLongSide) {
     const std::optional<std::string> driver;
     const auto usv = call_aten<3>("aten::linalg_svd", "", wide, false, driver);
     u = torch::stable::contiguous(usv[0]);

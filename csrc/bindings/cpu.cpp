@@ -34,6 +34,8 @@ void run_in_workspace(Params params, size_t (*workspace_size)(const Params&, int
 
 struct Cpu {
   static constexpr bool kOnHost = true;
+  // Larger matrices go to LAPACK, whose blocked algorithms then win over one core per matrix.
+  static constexpr int64_t kMaxPcaDim = 128, kMaxSvdShortSide = 64, kMaxSvdLongSide = 512;
 
   static const char* unsupported(const MlaDecodeParams& params) {
     return mla_decode_unsupported(params);

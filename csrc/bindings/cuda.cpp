@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "batched_pca.h"
+#include "batched_svd.h"
 #include "covariance_add.h"
 #include "cuda/kernels.h"
 #include "merge_attn_states.h"
@@ -49,6 +51,9 @@ void launch_in_workspace(const Tensor& t, const char* op, size_t (*workspace_siz
 
 struct Cuda {
   static constexpr bool kOnHost = false;
+  static constexpr int64_t kMaxPcaDim = transmla::kMaxPcaDim;
+  static constexpr int64_t kMaxSvdShortSide = transmla::kMaxSvdShortSide;
+  static constexpr int64_t kMaxSvdLongSide = transmla::kMaxSvdLongSide;
 
   static const char* unsupported(const MlaDecodeParams& params) {
     return mla_decode_cuda_unsupported(params);
@@ -73,6 +78,16 @@ struct Cuda {
   static void launch(const CovarianceAddParams& params, const Tensor& t) {
     launch_on(t, "covariance_add_", launch_covariance_add, params);
   }
+
+  static void launch(const BatchedPcaParams& params, const Tensor& t) {
+    launch_in_workspace(t, "batched_pca", batched_pca_cuda_workspace_size, launch_batched_pca,
+                        params);
+  }
+
+  static void launch(const BatchedSvdParams& params, const Tensor& t) {
+    launch_in_workspace(t, "batched_svd", batched_svd_cuda_workspace_size, launch_batched_svd,
+                        params);
+  }
 };
 
 }  // namespace
@@ -84,4 +99,6 @@ STABLE_TORCH_LIBRARY_IMPL(transmla, CUDA, m) {
   m.impl("mla_decode", TORCH_BOX(&mla_decode<Cuda>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cuda>));
   m.impl("covariance_add_", TORCH_BOX(&covariance_add<Cuda>));
+  m.impl("batched_pca", TORCH_BOX(&batched_pca<Cuda>));
+  m.impl("batched_svd", TORCH_BOX(&batched_svd<Cuda>));
 }

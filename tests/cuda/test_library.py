@@ -34,12 +34,20 @@ def mla_decode() -> tuple[Any, ...]:
     return torch.ones(1, 1, 2, 24), torch.ones(1, 16, 24), table, seqlens, 16, 1.0, 0.0, 0, 0, False
 
 
+def batched_pca() -> tuple[Any, ...]:
+    return (torch.eye(8)[None],)
+
+
+def batched_svd() -> tuple[Any, ...]:
+    return (torch.ones(1, 4, 6),)
+
+
 def covariance_add() -> tuple[Any, ...]:
     return torch.zeros(1, 8, 8, dtype=torch.float64), torch.ones(3, 1, 8), None
 
 
 ARGS: dict[str, Callable[[], tuple[Any, ...]]] = {
-    op.__name__: op for op in (covariance_add, merge_attn_states, mla_decode, mla_project)
+    op.__name__: op for op in (batched_pca, batched_svd, covariance_add, merge_attn_states, mla_decode, mla_project)
 }
 
 

@@ -4,28 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import GENERAL
+from matrices import GENERAL, assert_is_pca, symmetric
 from torch import Tensor
 
 from transmla_ext import ops, reference
-
-EPS = torch.finfo(torch.float64).eps
-
-
-def symmetric(a: Tensor) -> Tensor:
-    return (a + a.mT) / 2
-
-
-def assert_is_pca(cov: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> None:
-    """Reconstruction, orthogonality, order and sign, all relative to the largest entry of each matrix."""
-    dim = cov.size(-1)
-    scale = cov.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(cov.dtype).tiny)
-    rebuilt = (eigenvectors * (eigenvalues[:, None] / scale)) @ eigenvectors.mT
-    assert (rebuilt - cov / scale).abs().max() <= 16 * dim * EPS
-    assert (eigenvectors.mT @ eigenvectors - torch.eye(dim, dtype=cov.dtype)).abs().max() <= 16 * dim * EPS
-    assert (eigenvalues.diff(dim=-1) <= 0).all()
-    largest = eigenvectors.abs().argmax(dim=-2, keepdim=True)
-    assert (eigenvectors.gather(-2, largest) > 0).all()
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 12, 33, 64])

@@ -4,24 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import GENERAL, with_singular_values
+from matrices import GENERAL, assert_is_svd, with_singular_values
 from torch import Tensor
 
 from transmla_ext import ops, reference
-
-EPS = torch.finfo(torch.float64).eps
-
-
-def assert_is_svd(a: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> None:
-    """Reconstruction, orthogonality and order, all relative to the largest entry of each matrix."""
-    k, size = min(a.shape[1:]), (a.size(1) * a.size(2)) ** 0.5
-    scale = a.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
-    assert ((u * (s[:, None] / scale)) @ vh - a / scale).abs().max() <= 16 * size * EPS
-    identity = torch.eye(k, dtype=a.dtype)
-    assert (u.mT @ u - identity).abs().max() <= 16 * size * EPS
-    assert (vh @ vh.mT - identity).abs().max() <= 16 * size * EPS
-    assert (s >= 0).all()
-    assert (s.diff(dim=-1) <= 0).all()
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 5), (5, 1), (3, 3), (12, 40), (40, 12), (64, 64), (100, 33)])

@@ -5,7 +5,8 @@ namespace transmla {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
-__device__ inline float warp_sum(float x) {
+template <class T>
+__device__ inline T warp_sum(T x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   return x;
 }

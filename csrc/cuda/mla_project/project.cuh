@@ -5,6 +5,7 @@
 #include "cuda/common/mma.cuh"
 #include "cuda/common/pack.cuh"
 #include "cuda/common/shared_memory.cuh"
+#include "cuda/common/warp.cuh"
 #include "transmla/mla_project.h"
 
 namespace transmla {
@@ -34,10 +35,7 @@ __device__ void normalize(const T* x, const T* weight, index_t n, float eps, T* 
 #pragma unroll
     for (int k = 0; k < kSize; ++k) squares += numbers[k] * numbers[k];
   }
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    squares += __shfl_xor_sync(~0u, squares, lanes);
-  }
-  const float scale = 1 / sqrtf(squares / n + eps);
+  const float scale = 1 / sqrtf(warp_sum(squares) / n + eps);
   for (index_t i = first; i < n; i += kWarpSize * kSize) {
     float weights[kSize];
     load(numbers, x + i);
@@ -139,7 +137,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&pairs)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i & bit) continue;
-      const uint32_t got = __shfl_xor_sync(~0u, high ? pairs[i] : pairs[i + bit], bit);
+      const uint32_t got = __shfl_xor_sync(kAllLanes, high ? pairs[i] : pairs[i + bit], bit);
       (high ? pairs[i] : pairs[i + bit]) = got;
     }
   }

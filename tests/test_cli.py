@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from transmla_ext.architectures import ARCHITECTURES, support_table
 from transmla_ext.cli import main
 
 
@@ -50,6 +51,26 @@ def test_convert_then_generate(run: Callable[..., Result], tiny_llama: Callable[
     assert first.code == 0, first.err
     assert first.out == second.out
     assert first.out.strip()
+
+
+def test_models_lists_every_family(run: Callable[..., Result]) -> None:
+    listed = run("models")
+    assert listed.code == 0
+    assert all(model_type in listed.out for model_type in ARCHITECTURES)
+
+
+def test_the_support_table_of_the_readme_is_the_registry_s() -> None:
+    headings, *rows = support_table()
+    lines = [f"| {' | '.join(row)} |" for row in (headings, ("---",) * len(headings), *rows)]
+    assert "\n".join(lines) in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_layers_converts_a_model_of_the_first_ones(
+    run: Callable[..., Result], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert run("convert", tiny_llama(), tmp_path / "out", *SMALL, "--layers", 1).code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
+    assert run("generate", tmp_path / "out", "while True:", "--max-new-tokens", 2).code == 0
 
 
 def test_a_mistake_is_one_line_that_says_what_to_do(

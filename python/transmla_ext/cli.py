@@ -1,4 +1,4 @@
-"""The command line: transmla plan, convert, generate, env."""
+"""The command line: transmla models, plan, convert, generate, env."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 class FormatName(str, Enum):
     transmla = "transmla"
     deepseek_v3 = "deepseek_v3"
+    deepseek_v2 = "deepseek_v2"
 
 
 class DTypeName(str, Enum):
@@ -43,6 +44,20 @@ def _int_or(text: str, word: str, option: str) -> int | str:
     raise typer.BadParameter(f"give a number or '{word}', got '{text}'", param_hint=option)
 
 
+@app.command()
+def models() -> None:
+    """List the model families that are converted, and what of each has no place in a stock checkpoint."""
+    from rich.table import Table
+
+    from .architectures import support_table
+
+    headings, *rows = support_table()
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 @app.command(
     epilog="Examples:\n\n"
     "  transmla convert Llama-2-7b-hf out/ --kv-lora-rank 512 --qk-rope-head-dim 64 --dry-run\n\n"
@@ -56,7 +71,7 @@ def convert(
         str, typer.Option(help="Numbers of the latent per token, or 'full': nothing lost.")
     ] = "512",
     qk_rope_head_dim: Annotated[
-        int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: 64, or head_dim if less]")
+        int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: the most up to 64]")
     ] = None,
     q_lora_rank: Annotated[int | None, typer.Option(help="Factor the query projection too, to this rank.")] = None,
     format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
@@ -66,10 +81,13 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
     sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
+    layers: Annotated[
+        int | None, typer.Option(help="Convert the first so many layers for the whole model: a trial.")
+    ] = None,
     dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. \\[default: the model's]")] = None,
     pad_to_engine: Annotated[
         bool | None,
-        typer.Option(help="deepseek_v3: pad to the shapes that engines' kernels take. \\[default: if free]"),
+        typer.Option(help="Stock formats: pad to the shapes that engines' kernels take. \\[default: if free]"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output directory.")] = False,
@@ -91,6 +109,7 @@ def convert(
         freqfold=_int_or(freqfold, "auto", "--freqfold"),  # type: ignore[typeddict-item]
         calibration_tokens=calibration_tokens,
         sequence_length=sequence_length,
+        layers=layers,
         dtype=dtype.value if dtype else None,
         pad_to_engine=pad_to_engine,
     )

@@ -56,8 +56,10 @@ def greedy(model: Any, prompts: list[list[int]], new: int = 24) -> list[list[int
     return out[:, longest:].tolist()
 
 
-def test_every_family_of_the_registry_is_tested() -> None:
+def test_every_family_of_the_registry_is_tested_and_every_stock_export_that_it_names() -> None:
     assert set(FAMILIES) == set(ARCHITECTURES)
+    named = {name for name, architecture in ARCHITECTURES.items() if architecture.stock.startswith("yes")}
+    assert {model_type for model_type, _ in STOCK.values()} | {"mixtral"} == named
 
 
 @pytest.mark.parametrize("case", CASES)

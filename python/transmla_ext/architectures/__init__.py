@@ -18,7 +18,7 @@ from .qwen3 import Qwen3, Qwen3Moe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["ARCHITECTURES", "Architecture", "AttentionShape", "Projections", "family", "lookup"]
+__all__ = ["ARCHITECTURES", "Architecture", "AttentionShape", "Projections", "family", "lookup", "support_table"]
 
 _FAMILIES = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Phi3(), Granite())
 ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in _FAMILIES}
@@ -40,3 +40,9 @@ def lookup(config: PretrainedConfig) -> Architecture:
     if reason is not None:
         raise UnsupportedModelError(f"this {config.model_type} model cannot be converted: {reason}")
     return architecture
+
+
+def support_table() -> list[tuple[str, str, str, str]]:
+    """A row for each family, headings first."""
+    rows = [("model_type", "for instance", "attention", "stock export")]
+    return rows + [(a.model_type, a.models, a.attention, a.stock) for a in ARCHITECTURES.values()]

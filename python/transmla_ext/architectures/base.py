@@ -99,7 +99,8 @@ class Architecture:
 
     model_type: ClassVar[str]
     models: ClassVar[str]  # the best-known ones
-    attention: ClassVar[str]  # what its attention has that Llama's has not
+    attention: ClassVar[str]  # what its attention may have that is worth knowing
+    stock: ClassVar[str]  # whether it has a stock export, and if not why
     # Which of attention_bias, sliding_window, layer_types and partial_rotary_factor its attention reads in the config;
     # a config may hold the others and mean nothing by it.
     reads: ClassVar[tuple[str, ...]] = ()

@@ -18,6 +18,7 @@ class Gemma2(Architecture):
     model_type = "gemma2"
     models = "Gemma 2 2B, 9B, 27B"
     attention = "soft-capped scores, window in every other layer, query_pre_attn_scalar"
+    stock = "no: soft-caps, norms after attention and MLP, GeGLU"
     reads = ("attention_bias", "sliding_window", "layer_types")
 
     def unsupported(self, config: PretrainedConfig) -> str | None:

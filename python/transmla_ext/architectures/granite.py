@@ -17,6 +17,7 @@ class Granite(Architecture):
     model_type = "granite"
     models = "Granite 3.x"
     attention = "attention_multiplier"
+    stock = "yes"
     reads = ("attention_bias",)
 
     def shape(self, config: PretrainedConfig, layer_idx: int = 0) -> AttentionShape:

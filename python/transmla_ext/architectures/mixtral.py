@@ -21,6 +21,7 @@ class Mixtral(Architecture):
     model_type = "mixtral"
     models = "Mixtral 8x7B, 8x22B"
     attention = "sliding window if set; experts untouched"
+    stock = "yes, deepseek_v2: for vLLM and SGLang"
     reads = ("sliding_window",)
     stock_format = "deepseek_v2"
 

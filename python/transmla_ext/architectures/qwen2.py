@@ -17,6 +17,7 @@ class Qwen2(Architecture):
     model_type = "qwen2"
     models = "Qwen2, Qwen2.5, QwQ"
     attention = "q, k, v biases; sliding window in upper layers if set"
+    stock = "no: biases"
     reads = ("sliding_window", "layer_types")
 
     def shape(self, config: PretrainedConfig, layer_idx: int = 0) -> AttentionShape:

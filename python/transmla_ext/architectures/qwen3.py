@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .base import Architecture, AttentionShape
 
@@ -25,7 +25,8 @@ class Qwen3(Architecture):
     model_type = "qwen3"
     models = "Qwen3"
     attention = "RMSNorm of queries and keys"
-    reads = ("attention_bias", "sliding_window", "layer_types")
+    stock = "no: norm of queries and keys"
+    reads: ClassVar[tuple[str, ...]] = ("attention_bias", "sliding_window", "layer_types")
 
     def shape(self, config: PretrainedConfig, layer_idx: int = 0) -> AttentionShape:
         return replace(super().shape(config, layer_idx), qk_norm_eps=config.rms_norm_eps)
@@ -35,6 +36,7 @@ class Qwen3Moe(Qwen3):
     model_type = "qwen3_moe"
     models = "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder"
     attention = "RMSNorm of queries and keys; experts untouched"
+    stock = "no: norm of queries and keys"
     reads = ("attention_bias", "sliding_window")
 
     def stored(self, name: str, config: PretrainedConfig) -> str | list[list[str]]:

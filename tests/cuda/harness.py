@@ -17,6 +17,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import ptxvm
 import torch
 from torch import Tensor
 
-__all__ = ["ARCHS", "function", "launch", "make_params", "params_type", "workspace_size"]
+__all__ = ["ARCHS", "function", "launch", "make_params", "params_type", "ptx_of", "random_order", "workspace_size"]
 
 TESTS = Path(__file__).parents[1]
 CSRC = TESTS.parent / "csrc"  # --csrc sets another
@@ -46,6 +47,18 @@ _C_TYPES: dict[str, Any] = {
     "int64_t": ctypes.c_int64,
     "size_t": ctypes.c_size_t,
 }
+
+
+_order = 0
+
+
+@contextlib.contextmanager
+def random_order(seed: int) -> Iterator[None]:
+    """Within it warps take turns, and blocks run, in another order than that of their numbers."""
+    global _order
+    _order = seed
+    yield
+    _order = 0
 
 
 class _Device(ctypes.Structure):
@@ -99,7 +112,11 @@ def _build(op: str, arch: str) -> tuple[ctypes.CDLL, ptxvm.Module, tuple[str, ..
     files = sorted(path for room in used for path in room.rglob("*") if path.is_file())
     runtime = [TESTS / "cuda/cudart.cpp", TESTS / "ptxvm/src/tensormap.h"]
     content = b"\0".join(path.read_bytes() for path in [CSRC / "cuda/kernels.h", *files, *runtime, Path(__file__)])
-    build = TESTS.parent / "build/test-cuda" / hashlib.sha256(content + f"{op} {arch}".encode()).hexdigest()[:16]
+    build = (
+        TESTS.parent
+        / "build/test-cuda"
+        / hashlib.sha256(content + f"{op} {arch} {ptxvm.nvcc()}".encode()).hexdigest()[:16]
+    )
     if not build.exists():
         build.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build.parent) as scratch:
@@ -107,9 +124,9 @@ def _build(op: str, arch: str) -> tuple[ctypes.CDLL, ptxvm.Module, tuple[str, ..
             # PTX only: ptxas has nothing to do here.
             _run(
                 ptxvm.nvcc(), "-std=c++17", f"-gencode=arch=compute_{version},code=compute_{version}",
-                f"-I{CSRC}", f"-I{CSRC / 'include'}", "-shared", "-Xcompiler=-fPIC", "--cudart=none",
-                "--keep", f"--keep-dir={scratch}", "-o", Path(scratch, "launch.so"),
-                CSRC / "cuda" / op / "launch.cu", runtime[0],
+                f"-I{CSRC}", f"-I{CSRC / 'include'}", "--Werror=all-warnings",
+                "-shared", "-Xcompiler=-fPIC", "--cudart=none", "--keep", f"--keep-dir={scratch}",
+                "-o", Path(scratch, "launch.so"), CSRC / "cuda" / op / "launch.cu", runtime[0],
             )  # fmt: skip
             fresh = Path(scratch, "kept")
             fresh.mkdir()
@@ -119,6 +136,12 @@ def _build(op: str, arch: str) -> tuple[ctypes.CDLL, ptxvm.Module, tuple[str, ..
                 fresh.rename(build)
     symbols = _run("nm", "--dynamic", "--defined-only", build / "launch.so").split()
     return ctypes.CDLL(str(build / "launch.so")), ptxvm.load((build / "launch.ptx").read_text()), tuple(symbols)
+
+
+def ptx_of(op: str, arch: str) -> str:
+    """The PTX of an op's kernels."""
+    text: str = _build(op, arch)[1].text
+    return text
 
 
 def function(op: str, arch: str, name: str) -> Any:
@@ -209,8 +232,9 @@ def launch(
             assert all(0 < n < 1 << 16 for n in call.grid[1:]), f"{kernel}: grid {call.grid[:]}"
             parameters = [ctypes.string_at(call.args[i], size) for i, (_, size, _) in enumerate(info["params"])]
             stats = module.launch(
-                kernel, call.grid[:], call.block[:], parameters, call.smem, memory, max_insts=MAX_INSTRUCTIONS
-            )
+                kernel, call.grid[:], call.block[:], parameters, call.smem, memory,
+                max_insts=MAX_INSTRUCTIONS, order=_order,
+            )  # fmt: skip
             done.append((kernel, stats))
         except BaseException as failure:  # it must not pass through C
             failures.append(failure)

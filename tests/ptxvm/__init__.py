@@ -303,12 +303,15 @@ class Module:
         threads: int = 1,
         max_insts: int = 0,
         profile: bool = False,
+        order: int = 0,
     ) -> Stats:
         """Run a kernel to its end and return its Stats; raises PtxError when it misbehaves.
 
         Args:
             args: arrays and tensors (registered for this launch), scalars, bytes or ctypes structures.
             mem: a Memory with further arrays, e.g. those that structures point to.
+            order: seed of a random order and length of the warps' turns, and blocks last to first; 0 for the order of
+                their numbers.
             checks: {"race": bool, "uninit": bool, "stats": bool}, all on by default.
         """
         kernel = self.find(name)
@@ -322,7 +325,7 @@ class Module:
             for value, (offset, size, kind) in zip(args, parameters, strict=True):
                 data[offset : offset + size] = _pack(value, size, kind, memory, registered)
             on = {"race": True, "uninit": True, "stats": True} | (checks or {})
-            options = (_u64 * 6)(on["race"], on["uninit"], on["stats"], threads, max_insts, profile)
+            options = (_u64 * 7)(on["race"], on["uninit"], on["stats"], threads, max_insts, profile, order)
             buffer = (ctypes.c_uint8 * len(data)).from_buffer(data)
             result = _lib.ptxvm_launch(
                 self._handle, kernel.encode(), memory._handle, _triple(grid), _triple(block), smem,

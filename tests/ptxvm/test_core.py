@@ -120,6 +120,9 @@ __global__ void sw(int *o) {
   o[threadIdx.x + 1] = r;
 }
 __global__ void bardead() { if (threadIdx.x < 32) asm volatile("barrier.sync 1, 64;"); else asm volatile("barrier.sync 2, 64;"); }
+__global__ void turns(int *next, int *o) {
+  if (threadIdx.x % 32 == 0) o[atomicAdd(next, 1)] = blockIdx.x * 8 + threadIdx.x / 32;
+}
 __global__ void votes(unsigned *o) {
   unsigned l = threadIdx.x;
   o[l] = __ballot_sync(~0u, l % 3 == 0);
@@ -416,6 +419,20 @@ def test_intra_warp_lock(mod):
     l, c = np.zeros(1, np.int32), np.zeros(1, np.int32)
     mod.launch("spinlock", 2, 64, [l, c], max_insts=10_000_000)
     assert c[0] == 128
+
+
+def test_order_of_warps_and_blocks(mod):
+    def turns(order):
+        out = np.full(32, -1, np.int32)
+        mod.launch("turns", 4, 256, [np.zeros(1, np.int32), out], order=order)
+        return out.tolist()
+
+    assert turns(0) == list(range(32))
+    assert turns(1) == turns(1) != turns(2)
+    for order in (1, 2):
+        blocks = [turn // 8 for turn in turns(order)]
+        assert blocks == sorted(blocks, reverse=True)
+        assert sorted(turns(order)) == list(range(32)) != turns(order)[::-1]
 
 
 def test_endless_loop(mod):

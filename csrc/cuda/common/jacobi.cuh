@@ -26,12 +26,12 @@ __device__ inline double* column(const Columns& c, int i) {
   return c.data + static_cast<index_t>(i) * c.length;
 }
 
-// The largest of all threads' numbers, NaN if one is; for all of them.
+// The largest of all threads' numbers, NaN if one is; for all of them. Between two calls there has to
+// be a barrier.
 __device__ inline double block_max(double x) {
   __shared__ double of_warps[kJacobiWarps];
   const auto larger = [](double a, double b) { return isnan(a) || a > b ? a : b; };
   for (int lanes = 16; lanes > 0; lanes /= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  __syncthreads();  // of_warps may still be read by the call before
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
   __syncthreads();
   x = of_warps[0];

@@ -217,6 +217,7 @@ const char* ptxvm_launch(void* mp, const char* name, void* mem, const uint32_t* 
     L.checks.stats = opts[2];
     L.threads = (int)opts[3];
     L.maxInsts = opts[4];
+    L.order = opts[6];
     // module variables and the parameter block are memory of this launch too
     std::vector<uint64_t> added;
     auto reg = [&](uint64_t b, uint64_t n, bool ro, const std::string& nm) {

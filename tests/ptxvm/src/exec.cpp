@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <random>
 #include <thread>
 
 #include "decode.h"
@@ -468,12 +469,16 @@ void Block::run(uint64_t linear) {
   for (uint32_t i = 0; i < nwarps; i++) warps[i]->init(this, i);
   uint32_t alive = nwarps;
   int idle = 0;
+  std::vector<Warp*> turns;
+  for (auto& w : warps) turns.push_back(w.get());
+  std::minstd_rand random(uint32_t(L->order + linear));
   while (alive) {
     bool any = false, spinOnly = true;
     uint64_t before = progress;
-    for (auto& w : warps) {
+    if (L->order) std::shuffle(turns.begin(), turns.end(), random);
+    for (Warp* w : turns) {
       if (w->done()) continue;
-      int r = w->run(2000);
+      int r = w->run(L->order ? 1 + random() % 2000 : 2000);
       if (r == R_DONE) {
         alive--;
         any = true;
@@ -545,7 +550,7 @@ void Launch::run() {
         uint64_t b = nextBlock++;
         if (b >= nb || stop) break;
         try {
-          W.block.run(b);
+          W.block.run(order ? nb - 1 - b : b);
         } catch (...) {
           std::lock_guard<std::mutex> g(mx2);
           if (b < errBlock) {

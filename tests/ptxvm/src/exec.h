@@ -377,6 +377,7 @@ struct Launch {
   Checks checks;
   int threads = 1;
   uint64_t maxInsts = 0;
+  uint64_t order = 0;  // > 0: seed of a random order of warps
   Stats st;
   std::vector<uint64_t> cntW, cntT;
   std::mutex atomicMx;

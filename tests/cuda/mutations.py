@@ -1,0 +1,260 @@
+"""Takes a barrier, a wait or a mask out of a kernel, one at a time, and reports the test that fails for it.
+
+    python tests/cuda/mutations.py [part of a name]
+
+Ends with status 1 if an edit is survived: then a test is missing, or the line is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import harness  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """An edit of one file of csrc/cuda: ``old``, which is there once, becomes ``new``."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    test: str  # that should fail, relative to tests/cuda
+
+
+MUTATIONS = [
+    Mutation(
+        "merge: an empty part by product",
+        "merge_attn_states/launch.cu",
+        "weight_a == 0 ? 0.0f : x[k] * weight_a",
+        "x[k] * weight_a",
+        "test_merge_attn_states.py::test_empty_part_leaves_the_other_as_it_is",
+    ),
+    Mutation(
+        "merge: rows past the last",
+        "merge_attn_states/launch.cu",
+        "if (row >= p.batch_size * p.seqlen_q * p.num_heads) return;",
+        "",
+        "test_merge_attn_states.py::test_matches_the_reference",
+    ),
+    Mutation(
+        "project: wait for the copies",
+        "mla_project/project.cuh",
+        "wait_for_copies<0>();",
+        "",
+        "test_mla_project.py::test_matches_the_reference",
+    ),
+    Mutation(
+        "project: barrier before the products",
+        "mla_project/project.cuh",
+        "wait_for_copies<0>();\n      __syncthreads();",
+        "wait_for_copies<0>();",
+        "test_mla_project.py::test_matches_the_reference",
+    ),
+    Mutation(
+        "project: barrier after the products",
+        "mla_project/project.cuh",
+        "      __syncthreads();\n    }\n    const index_t column",
+        "    }\n    const index_t column",
+        "test_mla_project.py::test_any_nope_dim_and_number_of_tokens",
+    ),
+    Mutation(
+        "project: tokens past the last",
+        "mla_project/project.cuh",
+        "token + row < end && column < p.qk_nope_head_dim",
+        "column < p.qk_nope_head_dim",
+        "test_mla_project.py::test_any_nope_dim_and_number_of_tokens",
+    ),
+    Mutation(
+        "project: rows of W_UK past the last",
+        "mla_project/project.cuh",
+        "depth + row < p.qk_nope_head_dim && column < p.kv_lora_rank",
+        "column < p.kv_lora_rank",
+        "test_mla_project.py::test_weights_and_cache_may_be_strided",
+    ),
+    Mutation(
+        "project: columns past the last",
+        "mla_project/project.cuh",
+        "if (row < end && column < p.kv_lora_rank)",
+        "if (row < end)",
+        "test_mla_project.py::test_any_number_of_heads",
+    ),
+    Mutation(
+        "project: tokens without a slot",
+        "mla_project/project.cuh",
+        "if (slot < 0) return;",
+        "",
+        "test_mla_project.py::test_tokens_without_a_slot_are_not_stored",
+    ),
+    Mutation(
+        "covariance: one more copy in flight",
+        "covariance_add/accumulate.cuh",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+        "test_covariance_add.py::test_any_number_of_tokens",
+    ),
+    Mutation(
+        "covariance: barrier of the ring",
+        "covariance_add/accumulate.cuh",
+        "wait_for_copies<kStages - 2>();\n    __syncthreads();",
+        "wait_for_copies<kStages - 2>();",
+        "test_covariance_add.py::test_any_number_of_tokens",
+    ),
+    Mutation(
+        "covariance: tokens past the last",
+        "covariance_add/accumulate.cuh",
+        "token + row < num_tokens && first + chunk * 8 < dim",
+        "first + chunk * 8 < dim",
+        "test_covariance_add.py::test_any_number_of_tokens",
+    ),
+    Mutation(
+        "covariance: the last tokens are not folded",
+        "covariance_add/accumulate.cuh",
+        " || token + kStageTokens >= num_tokens",
+        "",
+        "test_covariance_add.py::test_any_number_of_tokens",
+    ),
+    Mutation(
+        "covariance: everything in fp32",
+        "covariance_add/accumulate.cuh",
+        "constexpr int kFoldTokens = 256;",
+        "constexpr int kFoldTokens = 1 << 20;",
+        "test_covariance_add.py::test_rounding_does_not_pile_up",
+    ),
+    Mutation(
+        "plain covariance: barrier before the sums",
+        "covariance_add/accumulate.cuh",
+        "    __syncthreads();\n    float chain",
+        "    float chain",
+        "test_covariance_add.py::test_weights_and_any_dim_are_exact_to_a_millionth",
+    ),
+    Mutation(
+        "plain covariance: barrier after the sums",
+        "covariance_add/accumulate.cuh",
+        "    __syncthreads();\n    const bool fold",
+        "    const bool fold",
+        "test_covariance_add.py::test_weights_and_any_dim_are_exact_to_a_millionth",
+    ),
+    Mutation(
+        "jacobi: barrier between rounds",
+        "common/jacobi.cuh",
+        "          __syncthreads();\n        }\n        move",
+        "        }\n        move",
+        "test_batched_pca.py::test_covariances_of_any_rank",
+    ),
+    Mutation(
+        "jacobi: barrier between groups",
+        "common/jacobi.cuh",
+        "    __syncthreads();\n  };\n  for (int sweep",
+        "  };\n  for (int sweep",
+        "test_batched_pca.py::test_matrices_larger_than_shared_memory",
+    ),
+    Mutation(
+        "jacobi: every thread ends when its own pairs are orthogonal",
+        "common/jacobi.cuh",
+        "if (!__syncthreads_or(turned)) break;",
+        "if (!turned) break;",
+        "test_batched_svd.py::test_singular_values_match_the_reference",
+    ),
+    Mutation(
+        "jacobi: barrier of the maximum",
+        "common/jacobi.cuh",
+        "of_warps[threadIdx.x / 32] = x;\n  __syncthreads();",
+        "of_warps[threadIdx.x / 32] = x;",
+        "test_batched_svd.py::test_difficult_matrices",
+    ),
+    Mutation(
+        "svd: barrier before the columns are turned",
+        "batched_svd/launch.cu",
+        "  __syncthreads();\n  orthogonalize",
+        "  orthogonalize",
+        "test_batched_svd.py::test_difficult_matrices",
+    ),
+    Mutation(
+        "svd: barrier before the zeros are completed",
+        "batched_svd/launch.cu",
+        "  __syncthreads();\n  for (int k = 0; k < n; ++k)",
+        "  for (int k = 0; k < n; ++k)",
+        "test_batched_svd.py::test_difficult_matrices",
+    ),
+    Mutation(
+        "svd: barrier between the products and what they take away",
+        "batched_svd/launch.cu",
+        "= k == zero ? 0 : dot;\n    }\n    __syncthreads();",
+        "= k == zero ? 0 : dot;\n    }",
+        "test_batched_svd.py::test_difficult_matrices",
+    ),
+    Mutation(
+        "pca: barrier before the next factorization",
+        "batched_pca/launch.cu",
+        "      __syncthreads();  // before another call writes the pivot\n",
+        "",
+        "test_batched_pca.py::test_difficult_matrices",
+    ),
+    Mutation(
+        "pca: barrier after a column",
+        "batched_pca/launch.cu",
+        "sum / sqrt(pivot);\n    __syncthreads();",
+        "sum / sqrt(pivot);",
+        "test_batched_pca.py::test_covariances_of_any_rank",
+    ),
+]
+
+
+@dataclass
+class FirstFailure:
+    """A pytest plugin: which test failed, and why."""
+
+    test: str = ""
+    reason: str = ""
+    count: int = field(default=0)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.count += report.when == "call"
+        if report.failed and not self.test:
+            self.test = report.nodeid.rpartition("/")[2]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.reason = (crash.message if crash else str(report.longrepr)).splitlines()[0]
+
+
+def run(mutation: Mutation, csrc: Path) -> FirstFailure:
+    """Applies the edit to a copy of csrc, which lies in the folder ``csrc``, and runs the test on it."""
+    shutil.copytree(harness.TESTS.parent / "csrc", csrc)
+    path = csrc / "cuda" / mutation.path
+    text = path.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.name}: not there exactly once"
+    path.write_text(text.replace(mutation.old, mutation.new))
+    failure = FirstFailure()
+    harness._build.cache_clear()
+    options = ["-x", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys"]
+    pytest.main([*options, f"--csrc={csrc}", str(HERE / mutation.test)], plugins=[failure])
+    assert failure.test or failure.count, f"{mutation.name}: no test was run"
+    assert "nvcc" not in failure.reason, f"{mutation.name}: does not compile: {failure.reason}"
+    return failure
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    survived = 0
+    for mutation in MUTATIONS:
+        if wanted not in mutation.name:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            failure = run(mutation, Path(scratch, "csrc"))
+        survived += not failure.test
+        print(f"{mutation.name}\n  {failure.test or 'SURVIVED'}\n  {failure.reason[:160]}", flush=True)
+    print(f"{survived} of the edits survived")
+    return survived > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ struct MlaDecodePlan {
 // Shared memory of splitkv_sm80: what does not depend on the number of stages, and a stage.
 constexpr int kScorePitch = kTileTokens + 8;  // fp32; keeps 8-byte writes of a fragment apart
 constexpr int splitkv_shared_bytes(int rows, int num_warps) {
-  return num_warps * rows * kScorePitch * 4 + rows * kTileTokens * 2 + rows * 16;
+  return num_warps * rows * kScorePitch * 4 + rows * 128 + rows * kTileTokens * 2 + rows * 16;
 }
 constexpr int splitkv_stage_bytes(int num_warps) { return kTileTokens * 2 * (num_warps * 64 + 64); }
 

@@ -57,7 +57,8 @@ class SplitKv {
         ring_(shared_address(shared + sizeof(Shared)) + warp_ * kTileTokens * kSliceBytes),
         tails_(shared_address(shared + sizeof(Shared)) + kWarps * kTileTokens * kSliceBytes +
                warp_ * kTileTokens * kTailBytes),
-        partial_(shared_address(shared_.partial_scores[warp_])) {}
+        partial_(shared_address(shared_.partial_scores[warp_])),
+        tail_queries_(shared_address(shared_.tail_queries[warp_ % kTailWarps])) {}
 
   // Starts the copies of the rows of q and of the first tiles.
   __device__ void start(const Piece& piece) {
@@ -96,14 +97,12 @@ class SplitKv {
 
   // Writes the slice of this warp, through the stage that no copy is under way to.
   __device__ void write(const Piece& piece) {
-    if (has_values_) {
-      if (piece.slot < 0) {
-        write_out(piece.batch);
-      } else {
-        write_part(piece.slot);
-      }
+    if (!has_values_) return;
+    if (piece.slot < 0) {
+      write_out(piece.batch);
+    } else {
+      write_part(piece.slot);
     }
-    __syncthreads();
   }
 
  private:
@@ -116,8 +115,8 @@ class SplitKv {
   static constexpr int kRounds = (kRows * 8 + kThreads - 1) / kThreads;  // of the softmax
 
   struct Shared {
-    // Until the first tile is scored, the warp's columns of q: rows of 128 bytes, then of 32.
-    float partial_scores[kWarps][kRows * kScorePitch];
+    float partial_scores[kWarps][kRows * kScorePitch];  // q's slices, until they are in registers
+    char tail_queries[kTailWarps][kRows * kTailBytes];
     char probabilities[kRows * kTileTokens * 2];
     float correction[kRows];  // of what is in out_, for the new maximum
     float scale[kRows];       // of the result
@@ -125,7 +124,7 @@ class SplitKv {
     int seen_end[kRows];      // the first token that a row does not see
   };
   static_assert(sizeof(Shared) == splitkv_shared_bytes(kRows, kWarps));
-  static_assert(sizeof(float) * kScorePitch == kSliceBytes + kTailBytes);
+  static_assert(sizeof(float) * kScorePitch >= kSliceBytes);
 
   __device__ int wrap(int stage) const {
     return stage >= plan_.num_stages ? stage - plan_.num_stages : stage;
@@ -134,7 +133,7 @@ class SplitKv {
   // Lane i: where the page of tokens 16 i .. 16 i + 15 of 512 has them, in 16-byte chunks.
   __device__ uint32_t find_pages(int group) const {
     const int token = (group * 32 + lane_) * 16;
-    if (token + 16 <= piece_.tokens.begin || token >= piece_.tokens.end) return 0;
+    if (token >= piece_.tokens.end) return 0;
     const int block_size = static_cast<int>(p_.block_size);
     const index_t block = p_.block_table[piece_.batch * p_.block_table_stride + token / block_size];
     return static_cast<uint32_t>(
@@ -197,7 +196,7 @@ class SplitKv {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         const int row = lane_ / 2 + 16 * i;
-        copy_async(partial_ + kRows * kSliceBytes + swizzle<kTailBytes>(row, lane_ % 2),
+        copy_async(tail_queries_ + swizzle<kTailBytes>(row, lane_ % 2),
                    row_of_q(row) + kColumns + warp_ * kTailColumns + lane_ % 2 * 8,
                    first_row_ + row < num_rows_);
       }
@@ -210,11 +209,7 @@ class SplitKv {
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        load_matrices(q_[i][step], partial_ + swizzle<kSliceBytes>(i * 16 + row, step * 2 + half));
-      }
-      if (has_tail_) {
-        load_matrices(q_[i][kSteps],
-                      partial_ + kRows * kSliceBytes + swizzle<kTailBytes>(i * 16 + row, half));
+        load_matrices(q_[step][i], partial_ + swizzle<kSliceBytes>(i * 16 + row, step * 2 + half));
       }
     }
     __syncwarp();
@@ -248,21 +243,30 @@ class SplitKv {
 #pragma unroll
     for (int first = 0; first < kTileTokens; first += kTokensAtOnce) {
       float sum[kRowTiles][kTokensAtOnce / 8][4] = {};
-#pragma unroll
-      for (int step = 0; step <= kSteps; ++step) {
-        if (step == kSteps && !has_tail_) break;
+      const auto add_step = [&](const uint32_t (&q)[kRowTiles][4], auto key_address) {
 #pragma unroll
         for (int j = 0; j < kTokensAtOnce / 8; j += 2) {
-          const int row = first + j * 8 + token;
           uint32_t keys[4];
-          load_matrices(keys, step < kSteps ? ring + swizzle<kSliceBytes>(row, step * 2 + half)
-                                            : tails + swizzle<kTailBytes>(row, half));
+          load_matrices(keys, key_address(first + j * 8 + token));
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
-            multiply_add<T>(sum[i][j], q_[i][step], keys[0], keys[1]);
-            multiply_add<T>(sum[i][j + 1], q_[i][step], keys[2], keys[3]);
+            multiply_add<T>(sum[i][j], q[i], keys[0], keys[1]);
+            multiply_add<T>(sum[i][j + 1], q[i], keys[2], keys[3]);
           }
         }
+      };
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        add_step(q_[step],
+                 [&](int row) { return ring + swizzle<kSliceBytes>(row, step * 2 + half); });
+      }
+      if (has_tail_) {
+        uint32_t q[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          load_matrices(q[i], tail_queries_ + swizzle<kTailBytes>(i * 16 + lane_ % 16, lane_ / 16));
+        }
+        add_step(q, [&](int row) { return tails + swizzle<kTailBytes>(row, half); });
       }
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
@@ -407,8 +411,9 @@ class SplitKv {
         const float scale = shared_.scale[row];
 #pragma unroll
         for (int j = 0; j < kSliceColumns / 8; ++j) {
-          *reinterpret_cast<float2*>(out + row * p_.kv_lora_rank + j * 8 + lane_ % 4 * 2) =
-              make_float2(out_[i][j][half * 2] * scale, out_[i][j][half * 2 + 1] * scale);
+          // By name: of plain stores the compiler splits a few.
+          __stcg(reinterpret_cast<float2*>(out + row * p_.kv_lora_rank + j * 8 + lane_ % 4 * 2),
+                 make_float2(out_[i][j][half * 2] * scale, out_[i][j][half * 2 + 1] * scale));
         }
       }
     }
@@ -452,7 +457,7 @@ class SplitKv {
   const bool has_values_, has_tail_;
   const int first_row_, num_rows_;
   const uint32_t ring_, tails_;  // this warp's part of stage 0
-  const uint32_t partial_;
+  const uint32_t partial_, tail_queries_;
 
   // Of the tiles that are being copied.
   Piece piece_;
@@ -460,7 +465,7 @@ class SplitKv {
 
   // Of the tile in work.
   int stage_ = 0;
-  uint32_t q_[kRowTiles][kSteps + 1][4];
+  uint32_t q_[kSteps][kRowTiles][4];  // the tail's would be too many for 48 rows
   float out_[kRowTiles][kSliceColumns / 8][4];
   float total_[kRounds];  // of the row of each round: this thread's share of the sum
 };

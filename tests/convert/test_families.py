@@ -195,3 +195,14 @@ def test_mixtral_is_a_deepseek_v2_for_engines_that_renormalise(
         assert kl(load(tmp_path / "native")(tokens).logits, stock(tokens).logits) <= 1e-6
     with pytest.raises(UnsupportedModelError, match="without norm_topk_prob; serve it with vLLM"):
         transmla_ext.load(tmp_path / "stock")
+
+
+def test_the_scale_of_scaled_rope_stays_on_what_loses_its_rope(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Frequencies of nothing: RoPE is its scale alone, and a latent with room for all loses nothing."""
+    standing = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 8.0}
+    standing |= {"short_factor": [1e9] * 4, "long_factor": [1e9] * 4, "original_max_position_embeddings": 64}
+    path = tiny_model("phi3", rope_parameters=standing)
+    convert(path, tmp_path / "out", kv_lora_rank=56, qk_rope_head_dim=8)
+    tokens = token_rows(path, TEXT, 2, 60)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, load(path)(tokens).logits, atol=1e-4, rtol=0)

@@ -126,6 +126,7 @@ class Original:
         self._skeleton: Any = skeleton(checkpoint.config)  # transformers' module, typed by what the families share
         self._skeleton.model.rotary_emb.to(device)
         self.config = self._skeleton.config  # knows the attention implementation that the family gets
+        self.rope_scale = float(self._skeleton.model.rotary_emb.attention_scaling)  # of cosines and sines
 
     def stream(self, tokens: Tensor) -> Stream:
         """The embedded tokens [num_sequences, sequence_length] in batches."""

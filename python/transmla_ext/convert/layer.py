@@ -24,7 +24,12 @@ class MLALayer:
 
 
 def build_layer(
-    weights: Projections, shape: AttentionShape, split: RopeSplit, latent: LatentBasis, q_basis: Tensor | None = None
+    weights: Projections,
+    shape: AttentionShape,
+    split: RopeSplit,
+    latent: LatentBasis,
+    rope_scale: float,
+    q_basis: Tensor | None = None,
 ) -> MLALayer:
     """Folds the bases into DeepSeek's projections.
 
@@ -36,6 +41,7 @@ def build_layer(
     to the bias of o_proj. Behind a norm of the keys nothing folds: the original's projections stay in front.
 
     Args:
+        rope_scale: of the original's cosines and sines; queries and keys have it, so what loses RoPE gets its square.
         q_basis: [num_heads * head_dim, q_lora_rank], orthonormal columns: the query projection is factored over it.
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
@@ -46,8 +52,9 @@ def build_layer(
 
     kv_b = latent.up_v.view(kv_heads, dim, -1)[kv_head]
     if has_nope:
-        up_k = torch.einsum("ngd,nr->gdr", split.nope_rows, latent.up_k)[kv_head]
-        kv_b = torch.cat([up_k, kv_b], dim=1)
+        up_k = torch.einsum("ngd,nr->gdr", split.nope_rows, latent.up_k)
+        up_k[:, : shape.rotary_dim] *= rope_scale**2
+        kv_b = torch.cat([up_k[kv_head], kv_b], dim=1)
     config = MLAConfig(
         kv_lora_rank=len(latent.down),
         qk_rope_head_dim=2 * len(split.rope_slots),

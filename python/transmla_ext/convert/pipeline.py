@@ -298,7 +298,7 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) 
             run_layer(layer, held_out, inputs, probe.append)
 
             error = partial(_attention_error, original, index, probe, inputs)
-            mla, report = _convert_layer(job, weights, collector.statistics(), error)
+            mla, report = _convert_layer(job, weights, collector.statistics(), original.rope_scale, error)
             stage.write_tensors(_layer_tensors(index), mla.weights)
             stage.write_json(_layer_json(index), {"config": mla.config.to_dict(), "report": asdict(report)})
         mla, report = _read_layer(stage, index)
@@ -314,7 +314,11 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) 
 
 
 def _convert_layer(
-    job: _Job, weights: Projections, statistics: LayerStatistics, error: Callable[[MLALayer], float]
+    job: _Job,
+    weights: Projections,
+    statistics: LayerStatistics,
+    rope_scale: float,
+    error: Callable[[MLALayer], float],
 ) -> tuple[MLALayer, LayerReport]:
     """The layer with the FreqFold that has the least error of the attention output on held-out text."""
     best = None
@@ -325,7 +329,7 @@ def _convert_layer(
         slots = rope_slots(job.shape, job.qk_rope_head_dim, freqfold, job.export.frequencies)
         split = split_rope(statistics.keys, job.shape, freqfold, slots)
         latent = joint_latent(statistics.kv, split.nope_rows.flatten(1), job.target.kv_lora_rank)
-        mla = build_layer(weights, job.shape, split, latent, q_basis)
+        mla = build_layer(weights, job.shape, split, latent, rope_scale, q_basis)
         report = LayerReport(
             freqfold=freqfold,
             rope_energy=split.energy,

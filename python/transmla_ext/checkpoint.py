@@ -28,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "Staging",
     "check_out_path",
+    "check_shape",
     "expected_shapes",
     "open_checkpoint",
     "read_config",
@@ -105,7 +106,9 @@ class _SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: {_INDEX} names tensors that no shard holds: {_some(missing)}")
         if strange := [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
             raise CheckpointError(f"{path}: weights must be one of {', '.join(_DTYPES)}; {_some(strange)}")
-        self.dtype = max((_DTYPES[dtype] for dtype in set(dtypes.values())), key=lambda dtype: dtype.itemsize)
+        # Old checkpoints of 16 bits carry RoPE's constants, which are no weights, in 32.
+        of_weights = sorted({dtype for name, dtype in dtypes.items() if not name.endswith(".inv_freq")})
+        self.dtype = max((_DTYPES[dtype] for dtype in of_weights), key=lambda dtype: dtype.itemsize)
         self._sources, self.shapes = self._assembled(stored)
 
     def _assembled(
@@ -115,16 +118,14 @@ class _SafetensorsCheckpoint(Checkpoint):
         architecture, rest = family(self.config.model_type), dict(stored)
         sources: dict[str, str | list[list[str]]] = {}
         shapes = {}
-        for name in expected_shapes(self.config):
+        for name, expected in expected_shapes(self.config).items():
             source = name if name in stored else architecture.stored(name, self.config)
-            parts = [source] if isinstance(source, str) else [part for parts in source for part in parts]
-            if all(part in stored for part in parts):
-                sources[name] = source
-                part_shapes = [rest.pop(part) for part in parts]
-                shapes[name] = part_shapes[0]
-                if not isinstance(source, str):
-                    rows = sum(shape[0] for shape in part_shapes) // len(source)
-                    shapes[name] = (len(source), rows, *part_shapes[0][1:])
+            if not isinstance(source, str):
+                for part in (part for parts in source for part in parts):
+                    check_shape(self.path, part, rest.pop(part, None), (expected[1] // len(source[0]), *expected[2:]))
+                sources[name], shapes[name] = source, expected
+            elif source in stored:
+                sources[name], shapes[name] = source, rest.pop(source)
         dropped = re.compile(r"model\.layers\.(\d+)\.")
         for name, shape in rest.items():
             layer = dropped.match(name)
@@ -241,6 +242,14 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight that transformers' model has."""
     return {name: tuple(parameter.shape) for name, parameter in skeleton(config).named_parameters()}
+
+
+def check_shape(path: Path, name: str, shape: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    """CheckpointError if a tensor of that name is missing, which is None, or not of the shape expected."""
+    if shape is None:
+        raise CheckpointError(f"{path} has no tensor {name}, which its config.json asks for")
+    if shape != expected:
+        raise CheckpointError(f"{path}: {name} is {list(shape)}, but config.json asks for {list(expected)}")
 
 
 def _truncate(config: PretrainedConfig, num_layers: int | None) -> None:

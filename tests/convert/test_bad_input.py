@@ -133,6 +133,23 @@ def test_shape_that_contradicts_the_config(model: Path) -> None:
     assert_refused(model, CheckpointError, "model.layers.1.self_attn.k_proj.weight", "[16, 64]", "[32, 64]")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda expert: None, ["has no tensor"]),
+        (lambda expert: torch.cat([expert, expert[:1]]), ["[97, 64]", "asks for [96, 64]"]),
+        (lambda expert: expert[:, 1:].clone(), ["[96, 63]", "asks for [96, 64]"]),
+    ],
+)
+def test_one_bad_expert_of_many(
+    tiny_model: Callable[..., Path], tmp_path: Path, change: Callable[[torch.Tensor], Any], words: list[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model("mixtral", num_local_experts=4), tmp_path / "model"))
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    edit_weights(model, name, change)
+    assert_refused(model, CheckpointError, name, *words)
+
+
 def test_tensor_without_a_place(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.self_attn.k_norm.weight"] = torch.ones(16)

@@ -1,5 +1,6 @@
 """Reading is the same from every container; calibration text comes from every source."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import Text
+from models import FAMILIES, Text
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from transmla_ext.checkpoint import open_checkpoint
 from transmla_ext.convert.calibrate import calibration_tokens
@@ -37,6 +40,30 @@ def test_shards_read_as_one_file(tiny_llama: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_is_the_files(tiny_llama: Callable[..., Path], dtype: torch.dtype) -> None:
     assert open_checkpoint(tiny_llama(dtype=dtype)).dtype == dtype
+
+
+def test_ropes_constants_do_not_make_it_fp32(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama(dtype=torch.float16), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert open_checkpoint(model).dtype == torch.float16
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_read_alike_published_and_stacked(
+    tiny_model: Callable[..., Path], tmp_path: Path, model_type: str
+) -> None:
+    published = tiny_model(model_type, **FAMILIES[model_type], dtype=torch.bfloat16)
+    assert any(".experts.3." in name for name in load_file(published / "model.safetensors"))
+    stacked = Path(shutil.copytree(published, tmp_path / "stacked"))
+    tensors = AutoModelForCausalLM.from_pretrained(published).state_dict()
+    save_file(tensors, stacked / "model.safetensors", metadata={"format": "pt"})
+    one, other = open_checkpoint(published), open_checkpoint(stacked)
+    assert one.shapes == other.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        assert torch.equal(one.tensor(name), tensor)
+        assert torch.equal(other.tensor(name), tensor)
 
 
 def test_calibration_text_may_be_a_file_a_list_or_a_dataset(

@@ -20,7 +20,15 @@ from typing_extensions import Unpack
 
 from .. import models
 from ..architectures import Architecture, AttentionShape, Projections, lookup
-from ..checkpoint import Checkpoint, Staging, check_out_path, expected_shapes, open_checkpoint, staging
+from ..checkpoint import (
+    Checkpoint,
+    Staging,
+    check_out_path,
+    check_shape,
+    expected_shapes,
+    open_checkpoint,
+    staging,
+)
 from ..config import MLAConfig
 from ..errors import CheckpointError
 from .calibrate import (
@@ -429,12 +437,7 @@ def _check_shapes(source: Checkpoint) -> None:
     """CheckpointError unless the files hold exactly the tensors that config.json asks for."""
     expected = expected_shapes(source.config)
     for name, shape in expected.items():
-        if name not in source.shapes:
-            raise CheckpointError(f"{source.path} has no tensor {name}, which its config.json asks for")
-        if source.shapes[name] != shape:
-            raise CheckpointError(
-                f"{source.path}: {name} is {list(source.shapes[name])}, but config.json asks for {list(shape)}"
-            )
+        check_shape(source.path, name, source.shapes.get(name), shape)
     # A tied head may be stored all the same, and old checkpoints carry RoPE's constants.
     extra = [n for n in source.shapes if n not in expected and n != "lm_head.weight" and not n.endswith(".inv_freq")]
     if extra:

@@ -57,8 +57,10 @@ def random_order(seed: int) -> Iterator[None]:
     """Within it warps take turns, and blocks run, in another order than that of their numbers."""
     global _order
     _order = seed
-    yield
-    _order = 0
+    try:
+        yield
+    finally:
+        _order = 0
 
 
 class _Device(ctypes.Structure):
@@ -111,12 +113,9 @@ def _build(op: str, arch: str) -> tuple[ctypes.CDLL, ptxvm.Module, tuple[str, ..
     used = [CSRC / "cuda" / op, CSRC / "cuda/common", CSRC / "include"]
     files = sorted(path for room in used for path in room.rglob("*") if path.is_file())
     runtime = [TESTS / "cuda/cudart.cpp", TESTS / "ptxvm/src/tensormap.h"]
-    content = b"\0".join(path.read_bytes() for path in [CSRC / "cuda/kernels.h", *files, *runtime, Path(__file__)])
-    build = (
-        TESTS.parent
-        / "build/test-cuda"
-        / hashlib.sha256(content + f"{op} {arch} {ptxvm.nvcc()}".encode()).hexdigest()[:16]
-    )
+    content = [path.read_bytes() for path in [CSRC / "cuda/kernels.h", *files, *runtime, Path(__file__)]]
+    key = hashlib.sha256(b"\0".join([*content, f"{op} {arch} {ptxvm.nvcc()}".encode()])).hexdigest()[:16]
+    build = TESTS.parent / "build/test-cuda" / key
     if not build.exists():
         build.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build.parent) as scratch:

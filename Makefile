@@ -7,13 +7,15 @@ INSTALLED := $(ENV)/.transmla_ext
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda mutations lint format build
+.PHONY: demo test test-cuda mutations bench-gpu lint format build
 demo: $(INSTALLED) $(SMOLLM2); $(PYTHON) examples/demo.py $(SMOLLM2) demo
 test: $(INSTALLED) $(SMOLLM2); $(PYTHON) -m pytest tests -q --durations=10
 # Needs nvcc and no GPU: the kernels run on the CPU.
 test-cuda: $(INSTALLED); $(PYTHON) -m pytest tests/ptxvm tests/cuda -q --durations=10
 # Breaks the CUDA kernels, one line at a time, and says which test notices.
 mutations: $(INSTALLED); $(PYTHON) tests/cuda/mutations.py
+# Needs a GPU.
+bench-gpu: $(INSTALLED); $(PYTHON) bench/gpu.py
 lint: $(INSTALLED); $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy && $(ENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 format: $(INSTALLED); $(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format . && $(ENV)/bin/clang-format -i $(CXX_FILES)
 build: $(INSTALLED)

@@ -228,6 +228,13 @@ def test_output_path_that_is_a_file(model: Path) -> None:
     assert_refused(model, ValueError, "is a file")
 
 
+@pytest.mark.parametrize("out", ["model", "."])
+def test_output_that_would_replace_the_model(model: Path, out: str) -> None:
+    with pytest.raises(ValueError, match="holds the model itself"):
+        transmla_ext.convert(model, model.parent / out, **GOOD, overwrite=True)
+    assert (model / "model.safetensors").exists()
+
+
 STOCK: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rope_interleave": True,

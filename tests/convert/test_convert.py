@@ -3,6 +3,7 @@
 import filecmp
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,31 @@ def test_plan_knows_the_output_without_reading_weights(tiny_llama: Callable[...,
         assert plan.cache_bytes_before == 2 * 2 * 2 * 2 * 16
         assert plan.cache_bytes_after == 2 * 2 * (24 + 8)
         assert "50.00%" in str(plan)
+
+
+def test_plan_counts_the_memory_of_the_largest_layer(tiny_model: Callable[..., Path]) -> None:
+    def peak(mlp_only_layers: list[int]) -> int:
+        experts = {"num_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 48}
+        model = tiny_model("qwen3_moe", mlp_only_layers=mlp_only_layers, **experts)
+        return dry_run(model, kv_lora_rank=24, qk_rope_head_dim=8, sequence_length=128).peak_memory_bytes
+
+    assert peak([]) == peak([0]) > peak([0, 1])
+
+
+@pytest.mark.parametrize("format", ["transmla", "deepseek_v3"])
+def test_how_to_generate_is_kept_and_where_it_came_from_is_not(
+    tiny_llama: Callable[..., Path], tmp_path: Path, format: str
+) -> None:
+    model = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    fields = json.loads((model / "config.json").read_text())
+    fields["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
+    (model / "config.json").write_text(json.dumps(fields))
+    convert(model, tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8, format=format)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [1, 7]
+    config = (tmp_path / "out" / "config.json").read_text()
+    assert "auto_map" not in config
+    assert str(tmp_path) not in config
 
 
 def test_freqfold_auto_takes_each_layers_best(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

@@ -28,10 +28,22 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+# As published with Phi-4-mini: keys at the top of the config, RoPE over three quarters of a head.
+PHI4_MINI = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 1e4,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0] * 4, "long_factor": [2.0, 3.0, 6.0] * 4},
+    "tie_word_embeddings": True,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, fields) for name, fields in FAMILIES.items()},
     "llama2-mha": ("llama", {"num_key_value_heads": 4}),
     "llama3-tied": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "phi3-whole-head": ("phi3", {}),
     "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
@@ -195,6 +207,30 @@ def test_mixtral_is_a_deepseek_v2_for_engines_that_renormalise(
         assert kl(load(tmp_path / "native")(tokens).logits, stock(tokens).logits) <= 1e-6
     with pytest.raises(UnsupportedModelError, match="without norm_topk_prob; serve it with vLLM"):
         transmla_ext.load(tmp_path / "stock")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {"max_position_embeddings": 128, "rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}),
+        ("phi3", PHI4_MINI),
+    ],
+)
+def test_rope_that_changes_with_the_length_is_exact_in_transformers_and_refused_by_the_runtime(
+    tiny_model: Callable[..., Path], tmp_path: Path, model_type: str, fields: dict[str, Any]
+) -> None:
+    path = tiny_model(model_type, **fields)
+    convert(path, tmp_path / "out", kv_lora_rank="full")
+    original, native = load(path), load(tmp_path / "out")
+    tokens = token_rows(path, TEXT, 2, 200)
+    with torch.no_grad():
+        for seqlen in (50, 200, 50):
+            expected = original(tokens[:, :seqlen]).logits
+            torch.testing.assert_close(native(tokens[:, :seqlen]).logits, expected, atol=1e-4, rtol=0)
+    prompts = [tokens[0, :50].tolist(), tokens[1, :30].tolist()]
+    assert greedy(native, prompts, 40) == greedy(original, prompts, 40)  # past the original 64 positions
+    with pytest.raises(UnsupportedModelError, match="run the model with transformers"):
+        transmla_ext.load(tmp_path / "out")
 
 
 def test_the_scale_of_scaled_rope_stays_on_what_loses_its_rope(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

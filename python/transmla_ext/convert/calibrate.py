@@ -46,8 +46,7 @@ class CalibrationTokens:
     held_out: Tensor  # [num_held_out, sequence_length], int64
 
     def digest(self) -> str:
-        parts = (self.train, self.held_out)
-        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        return hashlib.sha256(repr((self.train.tolist(), self.held_out.tolist())).encode()).hexdigest()
 
 
 def calibration_tokens(

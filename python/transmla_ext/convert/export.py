@@ -123,8 +123,9 @@ class StockExport(Export):
         if pad_to_engine and not fits:
             raise ValueError(
                 f"pad_to_engine: engines take kv_lora_rank <= {self.ENGINE_LATENT}, "
-                f"qk_rope_head_dim <= {self.ENGINE_ROPE} and heads <= {self.ENGINE_HEAD}, "
-                f"got {self.rank}, {self.rope_dim} and {self.shape.head_dim}"
+                f"qk_rope_head_dim <= {self.ENGINE_ROPE}, heads <= {self.ENGINE_HEAD} and every n-th RoPE frequency of "
+                f"{self.ENGINE_ROPE // 2} n, got {self.rank}, {self.rope_dim}, {self.shape.head_dim} and "
+                f"{self.shape.num_frequencies} frequencies; leave pad_to_engine out"
             )
         # Padding a narrower RoPE key costs cache on every engine, so that is done only when asked for.
         if pad_to_engine or (pad_to_engine is None and fits and self.rope_dim == self.ENGINE_ROPE):

@@ -113,6 +113,8 @@ def convert(
     out_path = Path(out_path)
     job = _Job.prepare(model_path, device=device, **options)
     check_out_path(out_path, overwrite=overwrite)
+    if job.source.path.resolve().is_relative_to(out_path.resolve()):
+        raise ValueError(f"output directory {out_path} holds the model itself, which would be lost; choose another")
     _check_disk(out_path, job.plan.output_bytes)
     tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length)
     with _progress(progress) as bar:
@@ -260,8 +262,9 @@ def _ranks(
     q_lora_rank: int | None,
 ) -> tuple[int, int]:
     """(kv_lora_rank, qk_rope_head_dim), or ValueError for a shape that cannot be."""
-    if q_lora_rank is not None and not 8 <= q_lora_rank <= min(shape.hidden_size, shape.num_heads * shape.head_dim):
-        raise ValueError(f"q_lora_rank must be from 8 to {shape.hidden_size}, got {q_lora_rank}")
+    most = min(shape.hidden_size, shape.num_heads * shape.head_dim)
+    if q_lora_rank is not None and not 8 <= q_lora_rank <= most:
+        raise ValueError(f"q_lora_rank must be from 8 to {most}, got {q_lora_rank}")
     if kv_lora_rank == "full":
         if qk_rope_head_dim not in (None, shape.rope_dim):
             raise ValueError(
@@ -413,6 +416,9 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
         check_stock(weight_map, config)
     stage.write_json("model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     source.tokenizer().save_pretrained(stage.path)
+    generation_config = source.path / "generation_config.json"  # many a chat model's ends of a turn are only there
+    if generation_config.is_file():
+        shutil.copyfile(generation_config, stage.path / generation_config.name)
     stage.write_json("conversion_report.json", report.to_dict())
     (stage.path / "conversion_report.txt").write_text(str(report))
     report.save_picture(stage.path / "conversion_report.png")
@@ -463,10 +469,13 @@ def _output_bytes(source: Checkpoint, export: Export, target: MLAConfig, num_lay
 
 def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int, sequence_length: int) -> int:
     """Estimate: the libraries, the streams, and the larger of (a layer being converted, the output head)."""
-    layer = {name: dims for name, dims in source.shapes.items() if name.startswith("model.layers.0.")}
-    weights = 2 * 4 * sum(math.prod(dims) for dims in layer.values())
+    layers = [
+        [dims for name, dims in source.shapes.items() if name.startswith(f"model.layers.{index}.")]
+        for index in range(source.config.num_hidden_layers)
+    ]
+    weights = 2 * 4 * max(sum(map(math.prod, layer)) for layer in layers)  # layers without experts are smaller
     moments = 5 * 8 * shape.cache_dim**2  # state, mean, balanced copy; eigenvectors, LAPACK's workspace
-    activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[0] for dims in layer.values()))
+    activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[-2:][0] for layer in layers for dims in layer))
     vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
     head = (
         4 * vocab_size * (2 * hidden_size + 4 * sequence_length)

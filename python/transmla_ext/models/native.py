@@ -21,7 +21,8 @@ def native_config(base_config: PreTrainedConfig, layers: Sequence[MLAConfig]) ->
     """The config of base_config's model with MLA attention: every field of it, and the shape of each layer."""
     config_class, model_class = native_classes(base_config.model_type)
     fields = base_config.to_dict()
-    for field in ("model_type", "transformers_version"):
+    # Where it came from, and whose code might run it, is not true of the native model.
+    for field in ("model_type", "transformers_version", "_name_or_path", "auto_map"):
         fields.pop(field, None)
     fields |= {"mla": [layer.to_dict() for layer in layers], "architectures": [model_class.__name__]}
     return config_class(**fields)

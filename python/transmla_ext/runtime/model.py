@@ -351,8 +351,11 @@ class MLAModel:
 
 
 def _layer_shapes(config: PretrainedConfig) -> list[MLAConfig]:
-    if config.rope_parameters.get("rope_type") == "longrope":
-        raise UnsupportedModelError("longrope is not supported: its frequencies change with the length of the text")
+    if (rope_type := config.rope_parameters.get("rope_type")) in ("dynamic", "longrope"):
+        raise UnsupportedModelError(
+            f"RoPE of type {rope_type} is not supported here: its frequencies change with the length of the text, and "
+            "with them keys that are in the cache; run the model with transformers"
+        )
     if config.model_type != "deepseek_v3":
         return [MLAConfig(**fields) for fields in config.mla]
     if config.attention_bias or not config.rope_interleave:

@@ -65,23 +65,20 @@ class Plan(NamedTuple):
     num_stages: int
     num_parts: int
     min_tiles_of_part: int
-    tile_tokens: int
-
-    @staticmethod
-    @functools.cache
-    def of(num_heads: int, device: Device) -> Plan:
-        request = f"{num_heads} {device.num_sms} {device.shared_memory}"
-        line = subprocess.run([_planner()], input=request, capture_output=True, text=True, check=True).stdout
-        return Plan(*map(int, line.split()))
 
 
 @functools.cache
-def _planner() -> Path:
-    program = Path(tempfile.mkdtemp()) / "plan"
+def _plans() -> dict[tuple[int, Device], Plan]:
+    """For each number of heads on each GPU: plan.h is asked, by a program that is compiled for the purpose."""
+    keys = [(num_heads, device) for device in DEVICES for num_heads in NUM_HEADS]
+    requests = "\n".join(f"{num_heads} {device.num_sms} {device.shared_memory}" for num_heads, device in keys)
     csrc = _HERE.parent / "csrc"
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", f"-I{csrc}", f"-I{csrc / 'include'}"]
-    subprocess.run([*command, "-o", program, _HERE / "print_plan.cpp"], check=True)
-    return program
+    with tempfile.TemporaryDirectory() as scratch:
+        program = Path(scratch) / "print_plan"
+        command = [os.environ.get("CXX", "c++"), "-std=c++17", f"-I{csrc}", f"-I{csrc / 'include'}"]
+        subprocess.run([*command, "-o", program, _HERE / "print_plan.cpp"], check=True)
+        answers = subprocess.run([program], input=requests, capture_output=True, text=True, check=True).stdout
+    return {key: Plan(*map(int, line.split())) for key, line in zip(keys, answers.splitlines(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,8 @@ def cases() -> Iterator[Case]:
 
 def _fractions(case: Case, device: Device) -> tuple[float, float]:
     """Of the floor over the modelled time: if L2 serves what is read again, and if HBM has to."""
-    plan = Plan.of(case.num_heads, device)
-    tiles_of_sequence = -(-case.seqlen // plan.tile_tokens)
+    plan = _plans()[case.num_heads, device]
+    tiles_of_sequence = -(-case.seqlen // _TILE)
     tiles_of_part = max(plan.min_tiles_of_part, -(-case.batch_size * tiles_of_sequence // plan.num_parts))
     computing = tiles_of_part * _Tile.of(plan.rows, device).serial / device.clock
     merged = 0
@@ -149,14 +146,14 @@ def _percent(part: float, whole: float) -> str:
 def _cell(case: Case, device: Device) -> str:
     best, worst = (round(100 * fraction) for fraction in _fractions(case, device))
     microseconds = 1e6 * device.seconds(case)
-    floor = f"{microseconds:,.{2 if microseconds < 10 else 0}f}"
+    floor = f"{microseconds:,.{max(0, 3 - len(str(int(microseconds))))}f}"
     return f"{floor} · {best} %" if best == worst else f"{floor} · {worst}–{best} %"
 
 
 def _device_section(device: Device) -> str:
     kernels = []
     for num_heads in NUM_HEADS:
-        plan = Plan.of(num_heads, device)
+        plan = _plans()[num_heads, device]
         tile = _Tile.of(plan.rows, device)
         serial = plan.num_row_blocks * tile.serial
         kernels.append([
@@ -167,7 +164,7 @@ def _device_section(device: Device) -> str:
             _percent(plan.num_row_blocks * tile.shared, device.tile_clocks),
             _percent(plan.num_row_blocks * tile.tensor, device.tile_clocks),
             _percent(serial, device.tile_clocks),
-            "memory" if serial < device.tile_clocks else f"the SM, at {_percent(device.tile_clocks, serial)}",
+            "memory" if serial < device.tile_clocks else f"SM: {_percent(device.tile_clocks, serial)} of the bandwidth",
         ])  # fmt: skip
     headings = ["heads", "rows × blocks", "stages", "latency covered", "shared memory", "tensor cores", "all in turn"]
     fractions = [
@@ -221,6 +218,6 @@ bf16, 512 + 64, one new token a sequence, blocks of 64 tokens.
   beats a copy, which reaches 90 to 93 % of the datasheet's bandwidth.
 
 Not in the model: clocks below the boost clock, L2's own bandwidth, instruction issue, imbalance of ragged batches.
-What ptxas and SASS say of the kernels (no spills, instructions of a tile) is in `tests/cuda/test_resources.py`; what they
-move (each byte of the cache once for each block of rows), emulated, in `tests/cuda/test_mla_decode.py`."""
+What ptxas and SASS say of the kernels (no spills, instructions of a tile) is in `tests/cuda/test_resources.py`; what
+they move (each byte of the cache once for each block of rows), emulated, in `tests/cuda/test_mla_decode.py`."""
     return "\n\n".join([introduction, *map(_device_section, DEVICES)]) + "\n"

@@ -15,7 +15,6 @@ int main() {
   while (std::cin >> params.num_heads >> device.num_sms >> device.shared_memory) {
     const auto plan = transmla::make_mla_decode_plan(params, device);
     std::cout << plan.rows << ' ' << plan.num_row_blocks << ' ' << plan.num_stages << ' '
-              << plan.num_parts << ' ' << transmla::kMinTilesOfPart << ' ' << transmla::kTileTokens
-              << '\n';
+              << plan.num_parts << ' ' << transmla::kMinTilesOfPart << '\n';
   }
 }

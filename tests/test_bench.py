@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import compare
@@ -12,9 +13,11 @@ import gpu
 import model
 import pytest
 import torch
+from cases import mla_decode
 from cases.mla_decode import BASELINES, Case
 from roofline import Roofline, measure_roofline
 from timing import measure
+from torch import Tensor
 
 from transmla_ext import ops, reference
 from transmla_ext.capacity import GPUS
@@ -35,7 +38,7 @@ def test_bytes_and_flops_of_a_case_counted_by_hand() -> None:
 def test_bytes_are_those_of_the_tensors() -> None:
     case = Case(batch_size=3, seqlen=128, num_heads=7)  # two whole blocks a sequence
     (args,) = case.inputs(CPU, 1)
-    tensors = [*ops.mla_decode(**args), *(value for value in args.values() if isinstance(value, torch.Tensor))]
+    tensors = [*ops.mla_decode(**args), *(value for value in args.values() if isinstance(value, Tensor))]
     assert case.num_bytes == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -52,6 +55,45 @@ def test_compositions_in_torch_compute_the_op(name: str, batch_size: int) -> Non
     (args,) = Case(batch_size=batch_size, seqlen=64, num_heads=5, **SMALL).inputs(CPU, 1)
     actual = BASELINES[name](args)(**args)
     torch.testing.assert_close(actual, reference.mla_decode(**args)[0])
+
+
+def test_other_libraries_get_their_own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the signatures that FlashMLA and FlashInfer document, and their meaning."""
+    (args,) = Case(batch_size=2, seqlen=64, num_heads=5, **SMALL).inputs(CPU, 1)
+    expected = reference.mla_decode(**args)[0]
+
+    def get_mla_metadata(cache_seqlens: Tensor, num_rows: int, num_heads_k: int) -> tuple[str, None]:
+        assert (num_rows, num_heads_k) == (5, 1)
+        return "schedule", None
+
+    def flash_mla_with_kvcache(  # type: ignore[no-untyped-def]
+        q, k_cache, block_table, cache_seqlens, head_dim_v, schedule, num_splits, softmax_scale
+    ):
+        assert (schedule, num_splits) == ("schedule", None)
+        assert k_cache.shape == (8, 16, 1, 64)
+        return reference.mla_decode(q, k_cache.squeeze(2), block_table, cache_seqlens, head_dim_v, softmax_scale)
+
+    class Wrapper:
+        def __init__(self, float_workspace_buffer: Tensor) -> None:
+            assert float_workspace_buffer.nbytes == 128 << 20
+
+        def plan(self, *plan: Any) -> None:
+            qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, *sizes, causal, sm_scale, q_type, kv_type = plan
+            assert qo_indptr.tolist() == [0, 1, 2]
+            assert kv_indptr.tolist() == [0, 4, 8]
+            assert (num_heads, sizes, causal, q_type, kv_type) == (5, [48, 16, 16], False, torch.float32, torch.float32)
+            self.args = kv_indices.view(2, 4), kv_len_arr, sizes[0], sm_scale
+
+        def run(self, q_nope: Tensor, q_pe: Tensor, ckv_cache: Tensor, kpe_cache: Tensor) -> Tensor:
+            q, cache = torch.cat((q_nope, q_pe), dim=-1), torch.cat((ckv_cache, kpe_cache), dim=-1)
+            return reference.mla_decode(q[:, None], cache, *self.args)[0][:, 0]
+
+    flash_mla = SimpleNamespace(get_mla_metadata=get_mla_metadata, flash_mla_with_kvcache=flash_mla_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_mla", flash_mla)
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper))
+    for prepare in (mla_decode.flash_mla, mla_decode.flashinfer):
+        assert torch.equal(prepare(args)(**args), expected)
 
 
 def test_a_case_is_timed_against_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:

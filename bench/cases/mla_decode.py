@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BASELINES", "Case", "torch_bmm", "torch_sdpa"]
+__all__ = ["BASELINES", "Args", "Case", "flash_mla", "flashinfer", "torch_bmm", "torch_sdpa"]
 
 Args = dict[str, Any]
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer asks for
@@ -111,7 +111,7 @@ def torch_sdpa(
     )
 
 
-def _flash_mla(args: Args) -> Callable[..., Tensor]:
+def flash_mla(args: Args) -> Callable[..., Tensor]:
     from flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
     schedule, num_splits = get_mla_metadata(args["cache_seqlens"], args["q"].size(2), 1)
@@ -133,7 +133,7 @@ def _flash_mla(args: Args) -> Callable[..., Tensor]:
     return call
 
 
-def _flashinfer(args: Args) -> Callable[..., Tensor]:
+def flashinfer(args: Args) -> Callable[..., Tensor]:
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
     q, table, rank = args["q"], args["block_table"], args["kv_lora_rank"]
@@ -161,6 +161,6 @@ def _is_installed(module: str) -> bool:
 BASELINES: dict[str, Callable[[Args], Callable[..., Tensor]]] = {
     "torch bmm": lambda _: torch_bmm,
     "torch SDPA": lambda _: torch_sdpa,
-    **({"FlashMLA": _flash_mla} if _is_installed("flash_mla") else {}),
-    **({"FlashInfer": _flashinfer} if _is_installed("flashinfer") else {}),
+    **({"FlashMLA": flash_mla} if _is_installed("flash_mla") else {}),
+    **({"FlashInfer": flashinfer} if _is_installed("flashinfer") else {}),
 }

@@ -99,6 +99,13 @@ def test_full_rank_is_the_original(tiny_model: Callable[..., Path], tmp_path: Pa
     assert greedy(native, prompts) == continuations
     assert [g.tokens for g in runtime.generate(prompts, max_new_tokens=24, eos=())] == continuations
 
+    original.set_attn_implementation("eager")
+    native.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions, expected = (model(tokens, output_attentions=True).attentions for model in (native, original))
+    assert len(attentions) == 2
+    torch.testing.assert_close(attentions, expected, atol=1e-4, rtol=0)
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_half_the_cache_converts_saves_loads_and_generates(
@@ -110,8 +117,11 @@ def test_half_the_cache_converts_saves_loads_and_generates(
     assert report.plan.cache_saved == pytest.approx(0.5)
     assert 0 < max(layer.attention_error for layer in report.layers) < 1.5
     native = load(tmp_path / "out")
+    tokens = token_rows(path, TEXT, 2, 70)
+    native(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad.any() for parameter in native.parameters())
     native.save_pretrained(tmp_path / "saved")
-    prompts = [row[:30].tolist() for row in token_rows(path, TEXT, 2, 70)]
+    prompts = tokens[:, :30].tolist()
     continuations = greedy(native, prompts)
     assert greedy(load(tmp_path / "saved"), prompts) == continuations
     runtime = transmla_ext.load(tmp_path / "out", block_size=8)

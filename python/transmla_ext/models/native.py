@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from ..architectures import ARCHITECTURES, family
 from ..config import MLAConfig
@@ -56,6 +56,11 @@ def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
             for layer_idx, (layer, fields) in enumerate(zip(self.model.layers, config.mla, strict=True)):
                 layer.self_attn = MLAAttention(config, MLAConfig(**fields), layer_idx)
             self.post_init()
+
+    # Transformers finds the modules whose weights output_attentions returns by their class.
+    backbone: Any = MODEL_MAPPING[base_config]
+    records = backbone._can_record_outputs
+    records["attentions"] = [records["attentions"], MLAAttention]
 
     for native_class, base_class in ((NativeConfig, base_config), (NativeModel, base_model)):
         native_class.__name__ = native_class.__qualname__ = f"TransMLA{base_class.__name__}"

@@ -12,11 +12,12 @@ import compare
 import gpu
 import model
 import pytest
+import roofline
 import torch
 from cases import mla_decode
 from cases.mla_decode import BASELINES, Case
 from roofline import Roofline, measure_roofline
-from timing import measure
+from timing import Timing, measure
 from torch import Tensor
 
 from transmla_ext import ops, reference
@@ -110,7 +111,7 @@ def test_a_case_is_timed_against_every_baseline(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_does_not_fit_or_does_not_agree_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, roofline = Case(batch_size=2, seqlen=64, num_heads=2, **SMALL), Roofline(1e10, 1e11)
+    case, ceilings = Case(batch_size=2, seqlen=64, num_heads=2, **SMALL), Roofline(1e10, 1e11)
     monkeypatch.setattr(compare, "cache_bytes", lambda _: 0)
 
     def twice(args: dict[str, Any]) -> Any:
@@ -121,7 +122,7 @@ def test_what_does_not_fit_or_does_not_agree_is_skipped_and_says_so(monkeypatch:
 
     monkeypatch.setattr(compare, "BASELINES", {"twice": twice, "absent": absent, "torch bmm": absent})
     monkeypatch.setattr(compare, "_free_bytes", lambda _: case.num_bytes)
-    result = compare.time_case(case, CPU, roofline, budget=0)
+    result = compare.time_case(case, CPU, ceilings, budget=0)
     assert result["twice"]["skipped"] == "its result differs from mla_decode's by 100.0%"
     assert result["absent"]["skipped"] == "RuntimeError: only on another GPU"
     assert case.gathered_bytes > case.num_bytes
@@ -129,7 +130,7 @@ def test_what_does_not_fit_or_does_not_agree_is_skipped_and_says_so(monkeypatch:
     text = compare.line(case, result)
     assert "absent: RuntimeError: only on another GPU" in text
     monkeypatch.setattr(compare, "_free_bytes", lambda _: 0)
-    assert "are free" in compare.line(case, compare.time_case(case, CPU, roofline, budget=0))
+    assert "are free" in compare.line(case, compare.time_case(case, CPU, ceilings, budget=0))
 
 
 def test_every_set_of_inputs_has_its_turn() -> None:
@@ -139,12 +140,15 @@ def test_every_set_of_inputs_has_its_turn() -> None:
     assert timing.num_calls == len(seen) - 1 == 10
 
 
-def test_a_roofline_is_the_slower_of_moving_and_computing() -> None:
+def test_a_roofline_is_the_slower_of_moving_and_computing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Roofline(bandwidth=10, flops=100).seconds(num_bytes=20, flops=100) == 2
     assert Roofline(bandwidth=10, flops=100).seconds(num_bytes=20, flops=500) == 5
     measured = measure_roofline(CPU, torch.float32, copy_bytes=1 << 20, gemm_size=64)
     assert 1e7 < measured.bandwidth < 1e13
     assert 1e7 < measured.flops < 1e15
+    monkeypatch.setattr(roofline, "measure", lambda *_, **__: Timing(2.0, 2.0, 2.0, 1))
+    measured = measure_roofline(CPU, torch.float32, copy_bytes=1 << 20, gemm_size=64)
+    assert measured == Roofline(bandwidth=2**20, flops=64**3)  # a copy reads and writes, a multiply-add is two FLOPs
 
 
 def test_the_model_has_the_figures_of_the_capacity_planner() -> None:

@@ -1,9 +1,15 @@
-"""What ptxas makes of every kernel: nothing spilled and no local memory, on every supported architecture."""
+"""What ptxas makes of every kernel, on every supported architecture: nothing spilled, no local memory; and what a tile
+costs in the main loop of mla_decode, read from SASS."""
 
 from __future__ import annotations
 
+import functools
 import re
+import shutil
 import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import harness
@@ -11,20 +17,77 @@ import ptxvm
 import pytest
 
 OPS = sorted(path.parent.name for path in Path(harness.CSRC, "cuda").glob("*/launch.cu"))
+TARGETS = [("sm_80", "sm_80"), ("sm_80", "sm_86"), ("sm_80", "sm_89"), ("sm_90a", "sm_90a"), ("sm_100", "sm_100")]
+
+# Of a warp of splitkv_sm80, by its tiles of 16 rows and the number of warps: the most of any architecture, when written.
+INSTRUCTIONS_OF_A_TILE = {(1, 8): 600, (2, 8): 703, (3, 8): 963, (1, 4): 579, (2, 4): 790, (3, 4): 1021}
 
 
-@pytest.mark.parametrize(
-    ("ptx", "sass"),
-    [("sm_80", "sm_80"), ("sm_80", "sm_86"), ("sm_80", "sm_89"), ("sm_90a", "sm_90a"), ("sm_100", "sm_100")],
-)
+@functools.cache
+def assemble(op: str, ptx: str, sass: str) -> tuple[str, bytes]:
+    """What ptxas says about an op's kernels, and the cubin."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, cubin = Path(scratch, "launch.ptx"), Path(scratch, "launch.cubin")
+        source.write_text(harness.ptx_of(op, ptx))
+        command = [ptxvm.nvcc(), "-cubin", f"-arch={sass}", "-Xptxas=--verbose,--warn-on-spills", "-o", cubin, source]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stderr, cubin.read_bytes()
+
+
+@pytest.mark.parametrize(("ptx", "sass"), TARGETS)
 @pytest.mark.parametrize("op", OPS)
-def test_no_kernel_spills(op: str, ptx: str, sass: str, tmp_path: Path) -> None:
-    source = tmp_path / "launch.ptx"
-    source.write_text(harness.ptx_of(op, ptx))
-    command = [ptxvm.nvcc(), "-cubin", f"-arch={sass}", "-Xptxas=--verbose,--warn-on-spills", "-o", tmp_path / "cubin"]
-    result = subprocess.run([*command, source], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert len(frames) == len(re.findall(r"^(?:\.visible )?\.entry ", source.read_text(), re.MULTILINE)) > 0
-    assert set(frames) == {("0", "0", "0")}, result.stderr
+def test_no_kernel_spills(op: str, ptx: str, sass: str) -> None:
+    log, _ = assemble(op, ptx, sass)
+    assert "warning" not in log
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(frames) == len(re.findall(r"^(?:\.visible )?\.entry ", harness.ptx_of(op, ptx), re.MULTILINE)) > 0
+    assert set(frames) == {("0", "0", "0")}, log
+
+
+def nvdisasm() -> str:
+    """The disassembler of the CUDA toolkit, on PATH or from PyPI."""
+    wheels = Path(pytest.__file__).parents[1] / "nvidia"
+    found = shutil.which("nvdisasm") or next((str(path) for path in wheels.glob("*/bin/nvdisasm")), None)
+    assert found, "There is no nvdisasm: pip install nvidia-cuda-nvdisasm"
+    return found
+
+
+def main_loops(cubin: bytes, opcode: str, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Of every kernel that has one: its name, and the instructions of its shortest loop that holds `opcode`."""
+    path = tmp_path / "cubin"
+    path.write_bytes(cubin)
+    listing = subprocess.run([nvdisasm(), "-c", path], capture_output=True, text=True, check=True).stdout
+    for name, text in re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-|\Z)", listing, flags=re.MULTILINE | re.DOTALL):
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        loops: list[list[str]] = []
+        for line in text.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(instructions)
+            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([^;]*?)\s*;", line):
+                instructions.append(instruction[1])
+                target = re.search(r"BRA.*(\.L_x_\d+)", instruction[1])
+                if target and target[1] in labels:
+                    loops.append(instructions[labels[target[1]] :])
+        if loops := [loop for loop in loops if any(line.startswith(opcode) for line in loop)]:
+            yield name, min(loops, key=len)
+
+
+@pytest.mark.parametrize(("ptx", "sass"), TARGETS)
+def test_a_tile_of_mla_decode_costs_what_it_should(ptx: str, sass: str, tmp_path: Path) -> None:
+    kernels = 0
+    for name, loop in main_loops(assemble("mla_decode", ptx, sass)[1], "HMMA", tmp_path):
+        row_tiles, num_warps = map(int, re.findall(r"Li(\d)E", name))
+        opcodes = Counter(line.split()[0].split(".")[0] for line in loop)
+        # A warp's 80 columns in steps of 16 against 32 tokens, then 32 tokens against its 64 columns.
+        assert opcodes["HMMA"] == row_tiles * (80 // 16 * 32 // 8 + 32 // 16 * 64 // 8)
+        # Keys, values, probabilities, and the queries of the last 16 columns, twice if sums come in two parts.
+        assert opcodes["LDSM"] == 80 // 16 * 2 + 64 // 16 * 2 + 2 * row_tiles + row_tiles * (2 if row_tiles == 3 else 1)
+        copies = [line.split()[0] for line in loop if line.startswith("LDGSTS")]
+        assert copies == ["LDGSTS.E.BYPASS.LTC128B.128"] * 10  # past L1, and 128 bytes at a time into L2
+        assert opcodes["BAR"] == 2
+        assert not opcodes.keys() & {"LDL", "STL"}
+        assert len(loop) <= 1.05 * INSTRUCTIONS_OF_A_TILE[row_tiles, num_warps]
+        kernels += 1
+    assert kernels == 2 * 2 * 3  # dtypes, widths, rows

@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(kGeneralThreads)
       }
       if (threadIdx.x == 0) parts.lse[index] = lse;
     }
-    __syncthreads();
   }
 }
 

@@ -84,7 +84,15 @@ inline MlaDecodePlan make_mla_decode_plan(const MlaDecodeParams& p, const Device
     plan.rows = splitkv_rows(num_rows, plan.num_warps, device);
     const int fixed = splitkv_shared_bytes(plan.rows, plan.num_warps);
     const int stage = splitkv_stage_bytes(plan.num_warps);
-    const int most = (device.shared_memory - fixed) / stage;
+    int budget = device.shared_memory;
+    // Four warps are one for a scheduler: a second block works while it waits. 1 KB of an SM's
+    // shared memory goes to the system for each block.
+    const int half = (device.shared_memory + 1024) / 2 - 1024;
+    if (plan.num_warps == 4 && fixed + 2 * stage <= half) {
+      budget = half;
+      blocks_per_sm = 2;
+    }
+    const int most = (budget - fixed) / stage;
     plan.num_stages = most < kMaxStages ? most : kMaxStages;
     plan.shared_memory = fixed + plan.num_stages * stage;
   } else {

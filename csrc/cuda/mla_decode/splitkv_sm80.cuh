@@ -472,7 +472,7 @@ class SplitKv {
 
 // One block attends one block of rows to one part; see Pieces for what a part is.
 template <class T, int kRowTiles, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+__global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
     mla_decode_splitkv_sm80_kernel(const __grid_constant__ MlaDecodeParams p,
                                    const __grid_constant__ MlaDecodePlan plan) {
   extern __shared__ __align__(128) char shared[];

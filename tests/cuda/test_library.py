@@ -58,7 +58,7 @@ def overload(op: str) -> torch._ops.OpOverload:
 
 
 def test_the_library_was_built_and_loads() -> None:
-    assert _lib.has_cuda_kernels
+    assert _lib.has_cuda_kernels, "the package was built without nvcc: build it again (make -B build)"
     assert _lib.core.build_info()["cuda_archs"]
 
 

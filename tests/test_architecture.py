@@ -33,7 +33,7 @@ PYTHON_ROOMS = {
     "convert": {"architectures", "checkpoint", "config", "errors", "models", "ops"},
     "runtime": {"_lib", "architectures", "checkpoint", "config", "errors", "models", "ops"},
     "capacity": {"architectures", "checkpoint", "config", "models"},
-    "cli": {"capacity", "convert", "env", "errors", "runtime"},
+    "cli": {"architectures", "capacity", "convert", "env", "errors", "runtime"},
     "__main__": {"cli"},
 }
 

@@ -108,7 +108,9 @@ class _SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: weights must be one of {', '.join(_DTYPES)}; {_some(strange)}")
         # Old checkpoints of 16 bits carry RoPE's constants, which are no weights, in 32.
         of_weights = sorted({dtype for name, dtype in dtypes.items() if not name.endswith(".inv_freq")})
-        self.dtype = max((_DTYPES[dtype] for dtype in of_weights), key=lambda dtype: dtype.itemsize)
+        self.dtype = max(
+            (_DTYPES[dtype] for dtype in of_weights), key=lambda dtype: dtype.itemsize, default=torch.float32
+        )
         self._sources, self.shapes = self._assembled(stored)
 
     def _assembled(
@@ -229,8 +231,13 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model transformers builds from a config, without memory behind its weights; its buffers are real."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever an unknown activation, RoPE type or size of nothing leads to
+        raise CheckpointError(
+            f"transformers cannot build the {config.model_type} of this config.json: {error!r}"
+        ) from error
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):

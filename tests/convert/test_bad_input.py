@@ -94,6 +94,24 @@ def test_tensors_that_the_config_has_no_place_for(model: Path) -> None:
     assert_refused(model, CheckpointError, "has no tensor model.layers.0.self_attn.q_proj.bias")
 
 
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"hidden_act": "no_such_act"}, "no_such_act"),
+        ({"rope_parameters": {"rope_type": "no_such_rope", "rope_theta": 1e4}}, "no_such_rope"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+    ],
+)
+def test_config_that_transformers_has_no_model_for(model: Path, changes: dict[str, Any], word: str) -> None:
+    edit_config(model, **changes)
+    assert_refused(model, CheckpointError, "transformers cannot build the llama of this config.json", word)
+
+
+def test_file_without_tensors(model: Path) -> None:
+    save_file({}, model / "model.safetensors")
+    assert_refused(model, CheckpointError, "has no tensor model.embed_tokens.weight")
+
+
 def test_scaled_rope_has_no_stock_export(model: Path) -> None:
     edit_config(model, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
     assert_refused(model, UnsupportedModelError, "deepseek_v3", "linear", format="deepseek_v3")

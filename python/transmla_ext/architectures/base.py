@@ -65,7 +65,7 @@ class AttentionShape:
         if qk_rope_head_dim < 8 or qk_rope_head_dim % 8 or self.rotary_dim % qk_rope_head_dim:
             raise ValueError(
                 f"qk_rope_head_dim must be a multiple of 8 that divides the {self.rotary_dim} numbers of a head that "
-                f"RoPE turns, got {qk_rope_head_dim}"
+                f"RoPE turns, got {qk_rope_head_dim}; kv_lora_rank='full' keeps RoPE on all of them"
             )
         most = self.cache_dim - qk_rope_head_dim
         if not 8 <= kv_lora_rank <= most or kv_lora_rank % 8:

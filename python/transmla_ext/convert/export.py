@@ -97,7 +97,8 @@ class StockExport(Export):
             )
         if format != architecture.stock_format:
             raise UnsupportedModelError(
-                f"a {base.model_type} model is exported as {architecture.stock_format}, not as {format}"
+                f"a {base.model_type} model is exported as {architecture.stock_format}, not as {format}; "
+                f"use format='{architecture.stock_format}'"
             )
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"format {format} needs dtype bfloat16 or float32 (float16 underflows), got {dtype}")
@@ -258,7 +259,7 @@ class StockExport(Export):
 
 
 def check_stock(names: Iterable[str], config: Mapping[str, Any]) -> None:
-    """UnsupportedModelError for what engines drop or read wrongly in a DeepSeek-V3 checkpoint without saying so."""
+    """UnsupportedModelError for what engines drop or read wrongly in a DeepSeek checkpoint without saying so."""
     names = set(names)
     problems = []
     if biases := sorted(name for name in names if name.endswith(".bias")):

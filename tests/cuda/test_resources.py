@@ -19,7 +19,7 @@ import pytest
 OPS = sorted(path.parent.name for path in Path(harness.CSRC, "cuda").glob("*/launch.cu"))
 TARGETS = [("sm_80", "sm_80"), ("sm_80", "sm_86"), ("sm_80", "sm_89"), ("sm_90a", "sm_90a"), ("sm_100", "sm_100")]
 
-# Of a warp of splitkv_sm80, by its tiles of 16 rows and the number of warps: the most of any architecture, when written.
+# Of a warp of splitkv_sm80, by its tiles of 16 rows and the number of warps: the most of any architecture, as written.
 INSTRUCTIONS_OF_A_TILE = {(1, 8): 600, (2, 8): 703, (3, 8): 963, (1, 4): 579, (2, 4): 790, (3, 4): 1021}
 
 
@@ -85,9 +85,33 @@ def test_a_tile_of_mla_decode_costs_what_it_should(ptx: str, sass: str, tmp_path
         # Keys, values, probabilities, and the queries of the last 16 columns, twice if sums come in two parts.
         assert opcodes["LDSM"] == 80 // 16 * 2 + 64 // 16 * 2 + 2 * row_tiles + row_tiles * (2 if row_tiles == 3 else 1)
         copies = [line.split()[0] for line in loop if line.startswith("LDGSTS")]
-        assert copies == ["LDGSTS.E.BYPASS.LTC128B.128"] * 10  # past L1, and 128 bytes at a time into L2
+        if "sm90" in name:
+            assert not copies
+            assert opcodes["UTMALDG"] == 4  # at most: 64 and 16 columns, twice if a page may end after 16 tokens
+        else:
+            assert copies == ["LDGSTS.E.BYPASS.LTC128B.128"] * 10  # past L1, and 128 bytes at a time into L2
         assert opcodes["BAR"] == 2
         assert not opcodes.keys() & {"LDL", "STL"}
-        assert len(loop) <= 1.05 * INSTRUCTIONS_OF_A_TILE[row_tiles, num_warps]
+        assert len(loop) <= 1.05 * INSTRUCTIONS_OF_A_TILE["sm90" in name][row_tiles, num_warps]
         kernels += 1
-    assert kernels == 2 * 2 * 3  # dtypes, widths, rows
+    assert kernels == 2 * 2 * 3 * (1 if ptx == "sm_80" else 2)  # dtypes, widths, rows, with and without TMA
+
+
+@pytest.mark.parametrize(("ptx", "sass"), TARGETS)
+def test_main_loops_have_the_products_and_loads_of_their_tiles(ptx: str, sass: str, tmp_path: Path) -> None:
+    def counts(op: str) -> dict[str, Counter[str]]:
+        loops = main_loops(assemble(op, ptx, sass)[1], "HMMA", tmp_path)
+        return {name: Counter(line.split()[0].split(".")[0] for line in loop) for name, loop in loops}
+
+    for opcodes in counts("covariance_add").values():  # a warp's 64 x 32 sums of 64 tokens
+        assert opcodes["HMMA"] == 64 // 16 * (64 // 16) * (32 // 8)
+        assert opcodes["LDSM"] == 64 // 16 * (64 // 16 + 32 // 16)
+        assert opcodes["DADD"] == 64 * 32 // 32
+        assert opcodes["BAR"] == 1
+    for name, opcodes in counts("mla_project").items():  # a warp's 32 columns of 16 or 64 tokens
+        tokens = 64 if "Li64E" in name else 16
+        assert opcodes["HMMA"] == 128 // 16 * (tokens // 16) * (32 // 8)
+        assert opcodes["LDSM"] == 128 // 16 * (tokens // 16 + 32 // 16)
+        assert opcodes["BAR"] == 2
+    assert len(counts("covariance_add")) == 2
+    assert len(counts("mla_project")) == 2 * 2

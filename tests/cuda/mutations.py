@@ -7,6 +7,8 @@ Ends with status 1 if an edit is survived: then a test is missing, or the line i
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import sys
 import tempfile
@@ -410,8 +412,8 @@ def run(mutation: Mutation, csrc: Path) -> FirstFailure:
     path.write_text(text.replace(mutation.old, mutation.new))
     failure = FirstFailure()
     harness._build.cache_clear()
-    options = ["-x", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "--capture=sys"]
-    pytest.main([*options, f"--csrc={csrc}", str(HERE / mutation.test)], plugins=[failure])
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-x", "-p", "no:cacheprovider", f"--csrc={csrc}", str(HERE / mutation.test)], plugins=[failure])
     assert failure.test or failure.count, f"{mutation.name}: no test was run"
     assert "nvcc" not in failure.reason, f"{mutation.name}: does not compile: {failure.reason}"
     return failure

@@ -26,8 +26,8 @@ __device__ inline double* column(const Columns& c, int i) {
   return c.data + static_cast<index_t>(i) * c.length;
 }
 
-// The largest of all threads' numbers, NaN if one is; for all of them. Between two calls there has to
-// be a barrier.
+// The largest of all threads' numbers, NaN if one is; for all of them. Between two calls there has
+// to be a barrier.
 __device__ inline double block_max(double x) {
   __shared__ double of_warps[kJacobiWarps];
   const auto larger = [](double a, double b) { return isnan(a) || a > b ? a : b; };

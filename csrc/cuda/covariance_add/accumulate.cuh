@@ -45,8 +45,6 @@ __device__ __forceinline__ void add_pair(double* acc, int dim, int row, int col,
   if (col + 1 < row) above[dim] += second;
 }
 
-// --- Tensor cores: 16-bit numbers without weights
-
 constexpr int kTile = 128;
 constexpr int kStageTokens = 64;
 constexpr int kStages = 3;
@@ -60,6 +58,7 @@ constexpr int kFoldTokens = 256;
 // Of a warp: 4 x 4 instructions of 16 x 8.
 constexpr int kWarpRows = 64, kWarpCols = 32;
 
+// One block adds a tile of kTile x kTile: 16-bit numbers without weights, on tensor cores.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     covariance_add_kernel(const __grid_constant__ CovarianceAddParams p) {
@@ -160,14 +159,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// --- fp32, weights, and rows that are not made of whole chunks
-
 constexpr int kPlainTile = 64;
 constexpr int kPerThread = 4;  // rows, and columns
 // Rounding costs at most kChain + kBlock / kChain units of 2^-24, as on the CPU.
 constexpr int kChain = 32;
 constexpr int kBlock = 128;
 
+// One block adds a tile of kPlainTile x kPlainTile: fp32, weights, and rows that are not made of
+// whole chunks.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     covariance_add_plain_kernel(const __grid_constant__ CovarianceAddParams p) {

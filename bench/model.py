@@ -21,7 +21,7 @@ NUM_HEADS = (8, 16, 28, 32, 64, 128)
 
 _HERE = Path(__file__).parent
 _FIXED_SECONDS = 3e-6  # both launches, the first tile's way through the pipeline, the last one's out
-_WARPS, _TILE, _DIM, _RANK = 8, 32, 576, 512  # of splitkv_sm80 at 512 + 64; tokens; numbers of a row and of its latent
+_WARPS, _TILE, _DIM, _RANK = 8, 32, 576, 512  # of splitkv at 512 + 64; tokens; numbers of a row and of its latent
 _SHARED_BYTES_PER_CLOCK = 128  # of an SM
 _SOFTMAX_CLOCKS = 2 * 40 + 150  # both barriers and the latency of a tile's softmax
 
@@ -203,7 +203,7 @@ bf16, 512 + 64, one new token a sequence, blocks of 64 tokens.
   block_table and cache_seqlens, once each. FLOPs: 2 × batch × heads × context × (576 + 512).
   For instance {case}: {case.num_bytes:,} bytes and {case.flops / 1e9:,.1f} GFLOP
   take the {a100.name} {1e6 * case.num_bytes / a100.bandwidth:.1f} us and {1e6 * case.flops / a100.flops:.1f} us.
-- *Kernel*: all of these shapes get `splitkv_sm80` of `csrc/cuda/mla_decode` (cp.async and mma.sync). A block has
+- *Kernel*: all of these shapes get `splitkv` of `csrc/cuda/mla_decode` (mma.sync; cp.async, or TMA). A block has
   8 warps and 16, 32 or 48 of a sequence's query rows, and goes through its part of the tokens 32 at a time. Each
   block of rows reads the whole cache of the sequence; *rows × blocks* says how many there are. `plan.h` decides.
 - *Latency covered* is how long the HBM takes for the tiles of 32 tokens whose copies are under way while one is

@@ -15,6 +15,7 @@ from transmla_ext import reference
 
 HALVES = [torch.bfloat16, torch.float16]
 SIZES = [(512, 64), (448, 128), (320, 256), (256, 64)]
+SPLITKV = {"sm_80": "splitkv_sm80", "sm_90a": "splitkv_sm90"}
 NO_BLOCK = 2**30  # in the block table, where nothing may look
 
 
@@ -102,9 +103,9 @@ def decode(
     return fields["out"], fields["lse"], {name.split("_kernel")[0].split("mla_decode_")[1]: s for name, s in launches}
 
 
-def assert_matches_reference(arch: str, args: dict[str, Any], kernel: str = "splitkv_sm80", **cut: int) -> None:
+def assert_matches_reference(arch: str, args: dict[str, Any], kernel: str = "", **cut: int) -> None:
     out, lse, launches = decode(arch, **args, **cut)
-    assert kernel in launches
+    assert (kernel or SPLITKV[arch]) in launches
     baseline = reference.mla_decode(**args)
     expected = reference.mla_decode(**{name: to_double(value) for name, value in args.items()})
     for results in zip((out, lse), baseline, expected, strict=True):
@@ -159,10 +160,24 @@ def test_pages_before_the_window_are_never_read(arch: str, dtype: torch.dtype) -
     assert all(map(torch.equal, decode(arch, **args)[:2], expected))
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_tma_gives_the_bits_of_cp_async(block_size: int) -> None:
+    args = {**make_args(seqlen_q=2, block_size=block_size, seqlens=(0, 1, 150, 530)), "sliding_window": 300}
+    assert all(map(torch.equal, decode("sm_80", **args)[:2], decode("sm_90a", **args)[:2]))
+
+
+def test_blocks_that_are_no_matrix_are_copied_without_tma() -> None:
+    args = make_args()
+    blocks, block_size, dim = args["latent_cache"].shape
+    cache = torch.full((blocks, block_size * dim + 8), torch.nan, dtype=torch.bfloat16)[:, :-8]
+    cache = cache.unflatten(1, (block_size, dim)).copy_(args["latent_cache"])
+    assert_matches_reference("sm_90a", {**args, "latent_cache": cache}, "splitkv_sm80")
+
+
 @pytest.mark.parametrize("num_stages", [2, 3, 4, 5])
 @pytest.mark.parametrize("num_heads", [16, 32, 48])
 def test_ring_of_any_number_of_stages(num_heads: int, num_stages: int) -> None:
-    fixed, stage = num_heads * (8 * 160 + 4 * 32 + 80), 36_864
+    fixed, stage = num_heads * (8 * 160 + 4 * 32 + 80) + 8 * 5 * 8, 36_864
     max_smem = fixed + num_stages * stage
     if max_smem > 227 << 10:
         max_smem = 227 << 10
@@ -170,7 +185,7 @@ def test_ring_of_any_number_of_stages(num_heads: int, num_stages: int) -> None:
     args = make_args(num_heads=num_heads, seqlens=(400, 33))  # thirteen tiles
     expected = decode("sm_90a", **args, num_splits=1)[:2]
     *actual, launches = decode("sm_90a", **args, num_splits=1, max_smem=max_smem)
-    assert launches["splitkv_sm80"]["smem"] == fixed + num_stages * stage
+    assert launches["splitkv_sm90"]["smem"] == fixed + num_stages * stage
     assert all(map(torch.equal, actual, expected))
 
 
@@ -178,7 +193,7 @@ def test_99_kilobytes_of_shared_memory_are_enough(arch: str) -> None:
     args = make_args(num_heads=33, seqlens=(200, 33))
     out, lse, launches = decode(arch, **args, max_smem=99 << 10)
     expected = decode(arch, **args, num_splits=1)
-    assert "splitkv_sm80" in launches
+    assert SPLITKV[arch] in launches
     assert_as_accurate(out, expected[0], expected[0].double())
     torch.testing.assert_close(lse, expected[1], rtol=0, atol=1e-6)
 
@@ -208,7 +223,7 @@ def test_batch_invariant_bits_do_not_depend_on_the_batch(arch: str, dtype: torch
         alone_out, alone_lse, _ = decode(arch, **{**args, **row}, split_size=64, num_sms=1)
         assert torch.equal(alone_out[0], out[i])
         assert torch.equal(alone_lse[0], lse[i])
-    assert_matches_reference(arch, args, "general" if dtype == torch.float32 else "splitkv_sm80", split_size=64)
+    assert_matches_reference(arch, args, "general" if dtype == torch.float32 else "", split_size=64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -278,14 +293,16 @@ def test_moves_and_multiplies_no_more_than_it_has_to(
 ) -> None:
     seqlen = 1000
     args = make_args(num_heads=num_heads, size=size, seqlens=(seqlen,))
-    stats = decode(arch, **args, num_splits=1)[2]["splitkv_sm80"]
+    stats = decode(arch, **args, num_splits=1)[2][SPLITKV[arch]]
     num_row_blocks = -(-num_heads // rows)
-    cache_bytes = seqlen * sum(size) * 2
+    tokens = seqlen if arch == "sm_80" else -(-seqlen // 32) * 32  # a box of TMA brings the rest of the page along
+    cache_bytes = tokens * sum(size) * 2
     copied = num_row_blocks * cache_bytes + args["q"].nbytes
-    assert stats["cp_async_bytes"] == copied
-    assert 32 * stats["cp_async_sectors"] == copied
+    assert stats["cp_async_bytes"] + stats["bulk_load_bytes"] == copied
+    assert stats["bulk_load_bytes"] == (0 if arch == "sm_80" else num_row_blocks * cache_bytes)
+    assert 32 * stats["cp_async_sectors"] == stats["cp_async_bytes"]
     assert stats["footprint"][next(name for name in stats["footprint"] if name.startswith("latent"))][0] == cache_bytes
-    assert 32 * stats["global_sectors"]["load"] <= 1.02 * copied
+    assert 32 * stats["global_sectors"]["load"] + stats["bulk_load_bytes"] <= 1.02 * copied
     assert stats.coalescing("store") == 1
     assert all(stats.bank_conflicts(kind) == 0 for kind in ("load", "store", "ldmatrix"))
     padded = num_row_blocks * rows * -(-seqlen // 32) * 32
@@ -297,9 +314,10 @@ def test_parts_move_no_more_than_they_have_to(arch: str, num_splits: int) -> Non
     args = make_args(num_heads=32, seqlens=(900, 640))
     launches = decode(arch, **args, num_splits=num_splits)[2]
     parts = 8 if num_splits else 5  # of four blocks one has the end of a sequence and the start of the other
-    split, combine = launches["splitkv_sm80"], launches["combine"]
+    split, combine = launches[SPLITKV[arch]], launches["combine"]
     part_bytes = 32 * 512 * 4
-    assert split["cp_async_bytes"] == 1540 * 1152 + parts * 32 * 1152
+    tokens = 1540 if arch == "sm_80" else 928 + 640
+    assert split["cp_async_bytes"] + split["bulk_load_bytes"] == (tokens + parts * 32) * 1152
     assert split.coalescing("store") == 1
     assert combine.coalescing("store") == 1
     assert combine.coalescing("load") > 0.9  # an lse of a part is alone in its sector

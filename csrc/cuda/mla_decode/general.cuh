@@ -1,4 +1,4 @@
-// Absorbed MLA decode for whatever splitkv_sm80 does not take: fp32, any kv_lora_rank,
+// Absorbed MLA decode for whatever splitkv does not take: fp32, any kv_lora_rank,
 // qk_rope_head_dim, block_size and strides. Simple first.
 #pragma once
 

@@ -1,37 +1,65 @@
 #include "cuda/kernels.h"
 #include "cuda/mla_decode/combine.cuh"
 #include "cuda/mla_decode/general.cuh"
-#include "cuda/mla_decode/splitkv_sm80.cuh"
+#include "cuda/mla_decode/splitkv.cuh"
 
 namespace transmla {
 namespace {
 
 DeviceLimits current_device() {
-  DeviceLimits device{1, 0};
-  int ordinal = 0;
+  DeviceLimits device{1, 0, false};
+  int ordinal = 0, major = 0;
   cudaGetDevice(&ordinal);
   cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, ordinal);
   cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  device.has_tma = major >= 9;
   return device;
 }
 
-template <class Kernel>
-void launch(Kernel kernel, const MlaDecodeParams& p, const MlaDecodePlan& plan,
-            cudaStream_t stream) {
+template <class... Args>
+void launch(void (*kernel)(MlaDecodeParams, MlaDecodePlan, Args...), const MlaDecodeParams& p,
+            const MlaDecodePlan& plan, cudaStream_t stream, const Args&... args) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory);
   kernel<<<plan.num_row_blocks * plan.num_parts, plan.num_warps * 32, plan.shared_memory, stream>>>(
-      p, plan);
+      p, plan, args...);
+}
+
+// False where the kernel is empty: this library may have been compiled for less than the device is.
+template <class Kernel>
+bool is_compiled_for_sm90(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
+template <class T, int kRowTiles, int kWarps>
+void launch_splitkv(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
+  const auto sm90 = mla_decode_splitkv_sm90_kernel<T, kRowTiles, kWarps>;
+  const index_t rows = (p.num_blocks - 1) * plan.rows_of_block + p.block_size;
+  const index_t columns = p.kv_lora_rank + p.qk_rope_head_dim;
+  CUtensorMap slices, tails;
+  const auto make_map = [&](CUtensorMap* map, int box_columns, CUtensorMapSwizzle swizzle) {
+    return make_tensor_map(map, p.latent_cache, rows, columns, p.cache_stride_token,
+                           plan.box_tokens, box_columns, swizzle);
+  };
+  if (plan.use_tma && is_compiled_for_sm90(sm90) &&
+      make_map(&slices, kSliceColumns, CU_TENSOR_MAP_SWIZZLE_128B) &&
+      make_map(&tails, kTailColumns, CU_TENSOR_MAP_SWIZZLE_32B)) {
+    launch(sm90, p, plan, stream, slices, tails);
+  } else {
+    launch(mla_decode_splitkv_sm80_kernel<T, kRowTiles, kWarps>, p, plan, stream);
+  }
 }
 
 template <class T, int kWarps>
 void launch_splitkv(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
   switch (plan.rows) {
     case 16:
-      return launch(mla_decode_splitkv_sm80_kernel<T, 1, kWarps>, p, plan, stream);
+      return launch_splitkv<T, 1, kWarps>(p, plan, stream);
     case 32:
-      return launch(mla_decode_splitkv_sm80_kernel<T, 2, kWarps>, p, plan, stream);
+      return launch_splitkv<T, 2, kWarps>(p, plan, stream);
     default:
-      return launch(mla_decode_splitkv_sm80_kernel<T, 3, kWarps>, p, plan, stream);
+      return launch_splitkv<T, 3, kWarps>(p, plan, stream);
   }
 }
 

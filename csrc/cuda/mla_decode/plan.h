@@ -11,6 +11,7 @@ constexpr int kTileTokens = 32;  // tokens scored at a time; parts are whole til
 struct DeviceLimits {
   int num_sms;
   int shared_memory;  // bytes a block can opt in to
+  bool has_tma;       // copies boxes of tensors: sm_90 and up
 };
 
 struct MlaDecodePlan {
@@ -22,12 +23,18 @@ struct MlaDecodePlan {
   int parts_per_sequence;  // 0: parts take equal shares of all the sequences' tiles, end to end
   int num_slots;           // results of cut sequences that have to be merged, for each row
   int shared_memory;       // bytes
+  bool use_tma;            // splitkv_sm90
+  int box_tokens;          // of a TMA box: what a page is sure to hold in a row
+  int rows_of_block;       // tokens from one block of the cache to the next
 };
 
-// Shared memory of splitkv_sm80: what does not depend on the number of stages, and a stage.
+constexpr int kMaxStages = 5;  // more copies under way than any HBM needs
+
+// Shared memory of splitkv: what does not depend on the number of stages, and a stage.
 constexpr int kScorePitch = kTileTokens + 8;  // fp32; keeps 8-byte writes of a fragment apart
 constexpr int splitkv_shared_bytes(int rows, int num_warps) {
-  return num_warps * rows * kScorePitch * 4 + rows * 128 + rows * kTileTokens * 2 + rows * 16;
+  return num_warps * rows * kScorePitch * 4 + rows * 128 + rows * kTileTokens * 2 + rows * 16 +
+         num_warps * kMaxStages * 8;
 }
 constexpr int splitkv_stage_bytes(int num_warps) { return kTileTokens * 2 * (num_warps * 64 + 64); }
 
@@ -37,7 +44,6 @@ constexpr index_t general_shared_bytes(const MlaDecodeParams& p) {
   return (2 * p.kv_lora_rank + p.qk_rope_head_dim + kTileTokens) * 4;
 }
 
-constexpr int kMaxStages = 5;       // more copies under way than any HBM needs
 constexpr int kMinTilesOfPart = 8;  // where the device decides: less does not repay the merge
 
 namespace plan_detail {
@@ -95,6 +101,11 @@ inline MlaDecodePlan make_mla_decode_plan(const MlaDecodeParams& p, const Device
     const int most = (budget - fixed) / stage;
     plan.num_stages = most < kMaxStages ? most : kMaxStages;
     plan.shared_memory = fixed + plan.num_stages * stage;
+    plan.box_tokens = p.block_size % kTileTokens == 0 ? kTileTokens : 16;
+    if (device.has_tma && p.cache_stride_block % p.cache_stride_token == 0) {
+      plan.rows_of_block = static_cast<int>(p.cache_stride_block / p.cache_stride_token);
+      plan.use_tma = p.num_blocks * plan.rows_of_block < index_t{1} << 31;
+    }
   } else {
     blocks_per_sm = 8;
     plan.rows = 1;

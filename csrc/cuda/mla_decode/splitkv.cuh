@@ -3,8 +3,8 @@
 // A block takes up to 48 query rows (token, head) of one sequence and goes through its part of the
 // tokens, 32 at a time. Warp w owns columns [64 w, 64 w + 64) of the cache in both products:
 //
-//   scores  = sum over warps of q[:, slice] cache[:, slice]^T     partial sums meet in shared
-//   memory out[:, slice] += softmax(scores) cache[:, slice]
+//   scores = sum over warps of q[:, slice] cache[:, slice]^T      partial sums: in shared memory
+//   out[:, slice] += softmax(scores) cache[:, slice]
 //
 // so every byte of the cache comes from HBM once, is written to shared memory once and is read
 // there twice, by the warp that copied it: the ring of tiles needs no barrier, and the block has
@@ -16,14 +16,9 @@
 #include <climits>
 
 #include "cuda/common/mma.cuh"
-#include "cuda/common/shared_memory.cuh"
-#include "cuda/mla_decode/parts.cuh"
+#include "cuda/mla_decode/tiles.cuh"
 
 namespace transmla {
-
-constexpr int kSliceColumns = 64, kSliceBytes = kSliceColumns * 2;
-constexpr int kTailColumns = 16, kTailBytes = kTailColumns * 2;
-constexpr int kTailWarps = kSliceColumns / kTailColumns;
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float result;
@@ -36,60 +31,93 @@ __device__ __forceinline__ float tanh_fast(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2 * kLog2E)));
 }
 
-template <class T, int kRowTiles, int kWarps>
+// What a warp of a block does. `Tiles` says how its slice of the cache comes to shared memory.
+template <class T, int kRowTiles, int kWarps, class Tiles>
 class SplitKv {
  public:
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kStageBytes = splitkv_stage_bytes(kWarps);
 
-  __device__ SplitKv(const MlaDecodeParams& p, const MlaDecodePlan& plan, int row_block,
-                     char* shared)
+  // Follows the ring, whose slices have to be aligned more.
+  struct Shared {
+    float partial_scores[kWarps][kRows * kScorePitch];  // q's slices, until they are in registers
+    char tail_queries[kTailWarps][kRows * kTailBytes];
+    char probabilities[kRows * kTileTokens * 2];
+    float correction[kRows];  // of what is in out_, for the new maximum
+    float scale[kRows];       // of the result
+    float top[kRows];         // the largest score so far
+    int seen_end[kRows];      // the first token that a row does not see
+    uint64_t barriers[kWarps * kMaxStages];
+  };
+  static_assert(sizeof(Shared) == splitkv_shared_bytes(kRows, kWarps));
+  static_assert(sizeof(float) * kScorePitch >= kSliceBytes);
+
+  __device__ static Shared& shared_after(char* ring, const MlaDecodePlan& plan) {
+    return *reinterpret_cast<Shared*>(ring + plan.num_stages * kStageBytes);
+  }
+
+  __device__ SplitKv(const MlaDecodeParams& p, const MlaDecodePlan& plan, Shared& shared,
+                     int row_block, int warp, int lane, const Tiles& tiles)
       : p_(p),
         plan_(plan),
-        shared_(*reinterpret_cast<Shared*>(shared)),
-        // By a shuffle, the compiler sees that a warp does not diverge by it.
-        warp_(__shfl_sync(kAllLanes, threadIdx.x / 32, 0)),
-        lane_(threadIdx.x % 32),
-        has_values_(warp_ * kSliceColumns < p.kv_lora_rank),
-        has_tail_(warp_ < kTailWarps),
+        shared_(shared),
+        warp_(warp),
+        lane_(lane),
+        has_values_(warp * kSliceColumns < p.kv_lora_rank),
+        has_tail_(warp < kTailWarps),
         first_row_(row_block * kRows),
         num_rows_(static_cast<int>(p.seqlen_q * p.num_heads)),
-        ring_(shared_address(shared + sizeof(Shared)) + warp_ * kTileTokens * kSliceBytes),
-        tails_(shared_address(shared + sizeof(Shared)) + kWarps * kTileTokens * kSliceBytes +
-               warp_ * kTileTokens * kTailBytes),
-        partial_(shared_address(shared_.partial_scores[warp_])),
-        tail_queries_(shared_address(shared_.tail_queries[warp_ % kTailWarps])) {}
+        partial_(shared_address(shared_.partial_scores[warp])),
+        tail_queries_(shared_address(shared_.tail_queries[warp % kTailWarps])),
+        tiles_(tiles) {}
 
-  // Starts the copies of the rows of q and of the first tiles.
-  __device__ void start(const Piece& piece) {
-    piece_ = piece;
-    pages_ = find_pages(piece.tiles.begin / kTilesOfPages);
-    next_pages_ = find_pages(piece.tiles.begin / kTilesOfPages + 1);
-    copy_queries(piece.batch);
-    commit_copies();
-    for (int i = 0; i < plan_.num_stages - 1; ++i) {
-      copy_tile(piece.tiles.begin + i, wrap(stage_ + i));
+  __device__ void run() {
+    Pieces pieces(p_, plan_);
+    Piece piece;
+    bool more = pieces.next(piece);
+    if (more) start(piece);
+    while (more) {
+      attend();
+      const Piece done = piece;
+      more = pieces.next(piece);
+      // The next piece's first tiles are on their way while this one is written.
+      if (more) start(piece);
+      write(done);
     }
   }
 
-  // Attends to the piece that was started.
+ private:
+  static constexpr int kColumns = kWarps * kSliceColumns;  // the tail follows
+  static constexpr int kSteps = kSliceColumns / 16;        // of the depth of a product
+  // Sums in registers at a time: all, except where that many would be spilled.
+  static constexpr int kTokensAtOnce = kRowTiles == 3 ? 16 : 32;
+  static constexpr int kRounds = (kRows * 8 + kThreads - 1) / kThreads;  // of the softmax
+
+  // Starts the copies of the rows of q and of the first tiles.
+  __device__ void start(const Piece& piece) {
+    copy_queries(piece.batch);
+    commit_copies();
+    tiles_.start(piece);
+  }
+
   __device__ void attend() {
-    wait_for_copies(plan_.num_stages - 1);
+    tiles_.wait_for_older();
     __syncwarp();
     load_queries();
     reset();
 #pragma unroll 1
-    for (int tile = piece_.tiles.begin; tile < piece_.tiles.end; ++tile) {
-      wait_for_copies(plan_.num_stages - 2);
+    for (int tile = tiles_.piece().tiles.begin; tile < tiles_.piece().tiles.end; ++tile) {
+      tiles_.wait(tile);
       // Also: every lane is done with the stage that is filled next.
       __syncwarp();
-      copy_tile(tile + plan_.num_stages - 1, wrap(stage_ + plan_.num_stages - 1));
+      tiles_.copy(tile + plan_.num_stages - 1, tiles_.stage(plan_.num_stages - 1));
       score();
       __syncthreads();
       softmax(tile);
       __syncthreads();
       if (has_values_) accumulate();
-      stage_ = wrap(stage_ + 1);
+      tiles_.advance();
     }
     finish_softmax();
     __syncthreads();
@@ -103,79 +131,6 @@ class SplitKv {
     } else {
       write_part(piece.slot);
     }
-  }
-
- private:
-  static constexpr int kColumns = kWarps * kSliceColumns;  // the tail follows
-  static constexpr int kStageBytes = splitkv_stage_bytes(kWarps);
-  static constexpr int kSteps = kSliceColumns / 16;  // of the depth of a product
-  // Sums in registers at a time: all, except where that many would be spilled.
-  static constexpr int kTokensAtOnce = kRowTiles == 3 ? 16 : 32;
-  static constexpr int kTilesOfPages = 16;  // whose pages the lanes know
-  static constexpr int kRounds = (kRows * 8 + kThreads - 1) / kThreads;  // of the softmax
-
-  struct Shared {
-    float partial_scores[kWarps][kRows * kScorePitch];  // q's slices, until they are in registers
-    char tail_queries[kTailWarps][kRows * kTailBytes];
-    char probabilities[kRows * kTileTokens * 2];
-    float correction[kRows];  // of what is in out_, for the new maximum
-    float scale[kRows];       // of the result
-    float top[kRows];         // the largest score so far
-    int seen_end[kRows];      // the first token that a row does not see
-  };
-  static_assert(sizeof(Shared) == splitkv_shared_bytes(kRows, kWarps));
-  static_assert(sizeof(float) * kScorePitch >= kSliceBytes);
-
-  __device__ int wrap(int stage) const {
-    return stage >= plan_.num_stages ? stage - plan_.num_stages : stage;
-  }
-
-  // Lane i: where the page of tokens 16 i .. 16 i + 15 of 512 has them, in 16-byte chunks.
-  __device__ uint32_t find_pages(int group) const {
-    const int token = (group * 32 + lane_) * 16;
-    if (token >= piece_.tokens.end) return 0;
-    const int block_size = static_cast<int>(p_.block_size);
-    const index_t block = p_.block_table[piece_.batch * p_.block_table_stride + token / block_size];
-    return static_cast<uint32_t>(
-        (block * p_.cache_stride_block + token % block_size * p_.cache_stride_token) / 8);
-  }
-
-  // A tile past the piece's end is an empty group, for the count of those under way.
-  __device__ void copy_tile(int tile, int stage) {
-    if (tile < piece_.tiles.end) {
-      const uint32_t ring = ring_ + stage * kStageBytes;
-      const uint32_t tails = tails_ + stage * kStageBytes;
-      const int stride = static_cast<int>(p_.cache_stride_token);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const index_t chunk = __shfl_sync(kAllLanes, pages_, tile * 2 + half);
-        const T* rows = static_cast<const T*>(p_.latent_cache) + chunk * 8;
-        const int token = tile * kTileTokens + half * 16;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = lane_ / 8 + 4 * i;
-          copy_async(ring + swizzle<kSliceBytes>(half * 16 + row, lane_ % 8),
-                     rows + row * stride + warp_ * kSliceColumns + lane_ % 8 * 8,
-                     is_visible(token + row));
-        }
-        if (has_tail_) {
-          const int row = lane_ / 2;
-          copy_async(tails + swizzle<kTailBytes>(half * 16 + row, lane_ % 2),
-                     rows + row * stride + kColumns + warp_ * kTailColumns + lane_ % 2 * 8,
-                     is_visible(token + row));
-        }
-      }
-      if (tile % kTilesOfPages == kTilesOfPages - 1) {
-        pages_ = next_pages_;
-        next_pages_ = find_pages(tile / kTilesOfPages + 2);
-      }
-    }
-    commit_copies();
-  }
-
-  // Rows of other tokens are zero: a page may hold NaN there, and 0 * NaN is NaN.
-  __device__ bool is_visible(int token) const {
-    return token >= piece_.tokens.begin && token < piece_.tokens.end;
   }
 
   __device__ void copy_queries(int batch) const {
@@ -229,7 +184,7 @@ class SplitKv {
       const int row = softmax_row(i);
       if (row < kRows && threadIdx.x % 8 == 0) {
         shared_.top[row] = -INFINITY;
-        shared_.seen_end[row] = end_of_seen(p_, piece_.tokens.end, first_row_ + row);
+        shared_.seen_end[row] = end_of_seen(p_, tiles_.piece().tokens.end, first_row_ + row);
       }
       total_[i] = 0;
     }
@@ -237,8 +192,7 @@ class SplitKv {
 
   // partial_scores [rows, 32] of this warp's columns.
   __device__ void score() {
-    const uint32_t ring = ring_ + stage_ * kStageBytes;
-    const uint32_t tails = tails_ + stage_ * kStageBytes;
+    const uint32_t slice = tiles_.slice(tiles_.stage()), tail = tiles_.tail(tiles_.stage());
     const int token = lane_ / 16 * 8 + lane_ % 8, half = lane_ / 8 % 2;
 #pragma unroll
     for (int first = 0; first < kTileTokens; first += kTokensAtOnce) {
@@ -258,7 +212,7 @@ class SplitKv {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         add_step(q_[step],
-                 [&](int row) { return ring + swizzle<kSliceBytes>(row, step * 2 + half); });
+                 [&](int row) { return slice + swizzle<kSliceBytes>(row, step * 2 + half); });
       }
       if (has_tail_) {
         uint32_t q[kRowTiles][4];
@@ -266,7 +220,7 @@ class SplitKv {
         for (int i = 0; i < kRowTiles; ++i) {
           load_matrices(q[i], tail_queries_ + swizzle<kTailBytes>(i * 16 + lane_ % 16, lane_ / 16));
         }
-        add_step(q, [&](int row) { return tails + swizzle<kTailBytes>(row, half); });
+        add_step(q, [&](int row) { return tail + swizzle<kTailBytes>(row, half); });
       }
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
@@ -339,7 +293,7 @@ class SplitKv {
 
   // out_ = out_ * correction + probabilities [rows, 32] cache [32, slice]
   __device__ void accumulate() {
-    const uint32_t ring = ring_ + stage_ * kStageBytes;
+    const uint32_t slice = tiles_.slice(tiles_.stage());
     const uint32_t probabilities = shared_address(shared_.probabilities);
     const int row = lane_ % 16, half = lane_ / 16;
 #pragma unroll
@@ -364,7 +318,7 @@ class SplitKv {
       }
 #pragma unroll
       for (int j = 0; j < kSliceColumns / 8; j += 2) {
-        load_matrices_transposed(values, ring + swizzle<kSliceBytes>(step * 16 + row, j + half));
+        load_matrices_transposed(values, slice + swizzle<kSliceBytes>(step * 16 + row, j + half));
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           multiply_add<T>(out_[i][j], p[i], values[0], values[1]);
@@ -391,10 +345,10 @@ class SplitKv {
       const int index = first_row_ + row;
       if (index >= num_rows_) continue;
       const float lse = lse_of(shared_.top[row], total);
-      if (piece_.slot < 0) {
-        p_.lse[lse_index(p_, piece_.batch, index)] = lse * kLn2;
+      if (tiles_.piece().slot < 0) {
+        p_.lse[lse_index(p_, tiles_.piece().batch, index)] = lse * kLn2;
       } else {
-        parts.lse[index_t{piece_.slot} * num_rows_ + index] = lse;
+        parts.lse[index_t{tiles_.piece().slot} * num_rows_ + index] = lse;
       }
     }
   }
@@ -423,9 +377,8 @@ class SplitKv {
   __device__ void write_out(int batch) const {
     T* out = static_cast<T*>(p_.out) + (index_t{batch} * num_rows_ + first_row_) * p_.kv_lora_rank +
              warp_ * kSliceColumns;
-    const int stage = wrap(stage_ + plan_.num_stages - 1);
-    char* staging = reinterpret_cast<char*>(&shared_) + sizeof(Shared) + stage * kStageBytes +
-                    warp_ * kTileTokens * kSliceBytes;
+    const uint32_t slice = tiles_.slice(tiles_.stage(plan_.num_stages - 1));
+    char* staging = static_cast<char*>(__cvta_shared_to_generic(slice));
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -448,6 +401,7 @@ class SplitKv {
       }
       __syncwarp();
     }
+    tiles_.fence();
   }
 
   const MlaDecodeParams& p_;
@@ -456,18 +410,12 @@ class SplitKv {
   const int warp_, lane_;
   const bool has_values_, has_tail_;
   const int first_row_, num_rows_;
-  const uint32_t ring_, tails_;  // this warp's part of stage 0
   const uint32_t partial_, tail_queries_;
 
-  // Of the tiles that are being copied.
-  Piece piece_;
-  uint32_t pages_, next_pages_;
-
-  // Of the tile in work.
-  int stage_ = 0;
+  Tiles tiles_;
   uint32_t q_[kSteps][kRowTiles][4];  // the tail's would be too many for 48 rows
   float out_[kRowTiles][kSliceColumns / 8][4];
-  float total_[kRounds];  // of the row of each round: this thread's share of the sum
+  float total_[kRounds];  // this thread's share of the sum of each round's row
 };
 
 // One block attends one block of rows to one part; see Pieces for what a part is.
@@ -475,20 +423,33 @@ template <class T, int kRowTiles, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
     mla_decode_splitkv_sm80_kernel(const __grid_constant__ MlaDecodeParams p,
                                    const __grid_constant__ MlaDecodePlan plan) {
-  extern __shared__ __align__(128) char shared[];
-  SplitKv<T, kRowTiles, kWarps> block(p, plan, blockIdx.x % plan.num_row_blocks, shared);
-  Pieces pieces(p, plan);
-  Piece piece;
-  bool more = pieces.next(piece);
-  if (more) block.start(piece);
-  while (more) {
-    block.attend();
-    const Piece done = piece;
-    more = pieces.next(piece);
-    // The next piece's first tiles are on their way while this one is written.
-    if (more) block.start(piece);
-    block.write(done);
-  }
+  using Tiles = TilesSm80<T, kWarps>;
+  using Block = SplitKv<T, kRowTiles, kWarps, Tiles>;
+  extern __shared__ __align__(1024) char ring[];
+  auto& shared = Block::shared_after(ring, plan);
+  // By a shuffle, the compiler sees that a warp does not diverge by it.
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  Block(p, plan, shared, blockIdx.x % plan.num_row_blocks, warp, lane,
+        Tiles(p, plan, ring, warp, lane))
+      .run();
+}
+
+template <class T, int kRowTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
+    mla_decode_splitkv_sm90_kernel(const __grid_constant__ MlaDecodeParams p,
+                                   const __grid_constant__ MlaDecodePlan plan,
+                                   const __grid_constant__ CUtensorMap slices,
+                                   const __grid_constant__ CUtensorMap tails) {
+#if __CUDA_ARCH__ >= 900
+  using Tiles = TilesSm90<kWarps>;
+  using Block = SplitKv<T, kRowTiles, kWarps, Tiles>;
+  extern __shared__ __align__(1024) char ring[];
+  auto& shared = Block::shared_after(ring, plan);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  Block(p, plan, shared, blockIdx.x % plan.num_row_blocks, warp, lane,
+        Tiles(p, plan, ring, warp, lane, shared.barriers, &slices, &tails))
+      .run();
+#endif
 }
 
 }  // namespace transmla

@@ -22,6 +22,7 @@ NUM_HEADS = (8, 16, 28, 32, 64, 128)
 _HERE = Path(__file__).parent
 _FIXED_SECONDS = 3e-6  # both launches, the first tile's way through the pipeline, the last one's out
 _WARPS, _TILE, _DIM, _RANK = 8, 32, 576, 512  # of splitkv at 512 + 64; tokens; numbers of a row and of its latent
+_WGMMA_ROWS, _WGMMA_TILE, _WGMMA_SOFTMAX_CLOCKS = 64, 64, 650  # of wgmma_sm90; tokens; a warp's instructions for them
 _SHARED_BYTES_PER_CLOCK = 128  # of an SM
 _SOFTMAX_CLOCKS = 2 * 40 + 150  # both barriers and the latency of a tile's softmax
 
@@ -37,6 +38,7 @@ class Device:
     clock: float  # Hz
     shared_memory: int  # bytes that a block can have
     multiply_adds: int  # per clock and SM with mma.sync, bf16
+    has_wgmma: bool = False
 
     def seconds(self, case: Case) -> float:
         """The floor: each byte moved once, or each FLOP computed, whichever takes longer."""
@@ -51,7 +53,7 @@ class Device:
 DEVICES = (
     Device("A100-80GB", 2039e9, 312e12, 108, 1.41e9, 163 << 10, 1024),
     # 63 % of what wgmma does, as microbenchmarks have it.
-    Device("H100", 3350e9, 989e12, 132, 1.755e9, 227 << 10, 1290),
+    Device("H100", 3350e9, 989e12, 132, 1.755e9, 227 << 10, 1290, has_wgmma=True),
     # What mma.sync does here is not known: as much as on the A100, per clock.
     Device("B200", 8000e9, 2250e12, 148, 1.85e9, 227 << 10, 1024),
 )
@@ -71,7 +73,9 @@ class Plan(NamedTuple):
 def _plans() -> dict[tuple[int, Device], Plan]:
     """For each number of heads on each GPU: plan.h is asked, by a program that is compiled for the purpose."""
     keys = [(num_heads, device) for device in DEVICES for num_heads in NUM_HEADS]
-    requests = "\n".join(f"{num_heads} {device.num_sms} {device.shared_memory}" for num_heads, device in keys)
+    requests = "\n".join(
+        f"{num_heads} {device.num_sms} {device.shared_memory} {device.has_wgmma:d}" for num_heads, device in keys
+    )
     csrc = _HERE.parent / "csrc"
     with tempfile.TemporaryDirectory() as scratch:
         program = Path(scratch) / "print_plan"
@@ -91,6 +95,8 @@ class _Tile:
 
     @staticmethod
     def of(rows: int, device: Device) -> _Tile:
+        if rows == _WGMMA_ROWS:
+            return _Tile._of_wgmma(device)
         # Every byte is written once and read once for the scores; of the latent, once more for the sums.
         copied, keys, values = _TILE * _DIM * 2, _TILE * _DIM * 2, _TILE * _RANK * 2
         partial_scores = 2 * _WARPS * rows * _TILE * 4  # written and read
@@ -103,6 +109,23 @@ class _Tile:
             + _SOFTMAX_CLOCKS
             + max(sums, (values + _WARPS * probabilities) / _SHARED_BYTES_PER_CLOCK)
         )
+        return _Tile(everything / _SHARED_BYTES_PER_CLOCK, scores + sums, serial)
+
+    @staticmethod
+    def _of_wgmma(device: Device) -> _Tile:
+        # Both groups of warps compute all scores, from shared memory alone, and then each half of the sums.
+        multiply_adds = device.flops / 2 / device.num_sms / device.clock
+        groups, share = 2, _TILE / _WGMMA_TILE
+        queries_and_keys = groups * (share * _WGMMA_ROWS + _TILE) * _DIM * 2
+        values = _TILE * _RANK * 2
+        scores = groups * _WGMMA_ROWS * _TILE * _DIM / multiply_adds
+        sums = _WGMMA_ROWS * _TILE * _RANK / multiply_adds
+        serial = (
+            max(scores, queries_and_keys / _SHARED_BYTES_PER_CLOCK)
+            + share * _WGMMA_SOFTMAX_CLOCKS
+            + max(sums, values / _SHARED_BYTES_PER_CLOCK)
+        )
+        everything = _TILE * _DIM * 2 + queries_and_keys + values
         return _Tile(everything / _SHARED_BYTES_PER_CLOCK, scores + sums, serial)
 
 
@@ -156,11 +179,12 @@ def _device_section(device: Device) -> str:
         plan = _plans()[num_heads, device]
         tile = _Tile.of(plan.rows, device)
         serial = plan.num_row_blocks * tile.serial
+        tiles_under_way = (plan.num_stages - 1) * (_WGMMA_TILE if plan.rows == _WGMMA_ROWS else _TILE) / _TILE
         kernels.append([
             str(num_heads),
             f"{plan.rows} × {plan.num_row_blocks}",
             f"{plan.num_stages}",
-            f"{1e6 * (plan.num_stages - 1) * device.tile_clocks / device.clock:.1f} us",
+            f"{1e6 * tiles_under_way * device.tile_clocks / device.clock:.1f} us",
             _percent(plan.num_row_blocks * tile.shared, device.tile_clocks),
             _percent(plan.num_row_blocks * tile.tensor, device.tile_clocks),
             _percent(serial, device.tile_clocks),
@@ -203,15 +227,17 @@ bf16, 512 + 64, one new token a sequence, blocks of 64 tokens.
   block_table and cache_seqlens, once each. FLOPs: 2 × batch × heads × context × (576 + 512).
   For instance {case}: {case.num_bytes:,} bytes and {case.flops / 1e9:,.1f} GFLOP
   take the {a100.name} {1e6 * case.num_bytes / a100.bandwidth:.1f} us and {1e6 * case.flops / a100.flops:.1f} us.
-- *Kernel*: all of these shapes get `splitkv` of `csrc/cuda/mla_decode` (mma.sync; cp.async, or TMA). A block has
-  8 warps and 16, 32 or 48 of a sequence's query rows, and goes through its part of the tokens 32 at a time. Each
-  block of rows reads the whole cache of the sequence; *rows × blocks* says how many there are. `plan.h` decides.
-- *Latency covered* is how long the HBM takes for the tiles of 32 tokens whose copies are under way while one is
-  computed; it answers within a microsecond.
+- *Kernel*: all of these shapes get `splitkv` of `csrc/cuda/mla_decode` (mma.sync; cp.async, or TMA), but for more
+  than 48 heads on the H100, which get `wgmma_sm90`. A block of the former has 8 warps and 16, 32 or 48 of a sequence's
+  query rows, and goes through its part of the tokens 32 at a time; one of the latter has 64 rows, and two groups of
+  4 warps that both compute the scores of 64 tokens. Each block of rows reads the whole cache of the sequence;
+  *rows × blocks* says how many there are. `plan.h` decides.
+- *Latency covered* is how long the HBM takes for the tiles whose copies are under way while one is computed; it
+  answers within a microsecond.
 - The next columns say how long an SM is busy with a tile of each block of rows, in per cent of the time in which its
   share of the bandwidth brings that tile. Shared memory moves {_SHARED_BYTES_PER_CLOCK} bytes per clock. *All in turn*
-  is the time if scores, softmax ({_SOFTMAX_CLOCKS} clocks of latency, assumed) and sums do not overlap at all:
-  below 100 % the memory is the bound.
+  is the time if scores, softmax ({_SOFTMAX_CLOCKS} clocks of latency, assumed, or {_WGMMA_SOFTMAX_CLOCKS}
+  instructions) and sums do not overlap at all: below 100 % the memory is the bound.
 - *Per cent* of the floor = floor / (max(bytes / bandwidth, tiles of the busiest SM × clocks in turn) + fixed).
   Fixed are {1e6 * _FIXED_SECONDS:g} us, assumed, for both launches, filling and draining. Of two numbers, in the first
   L2 misses all that is read again (by further blocks of rows, and to merge parts), in the second nothing. No kernel
@@ -219,5 +245,5 @@ bf16, 512 + 64, one new token a sequence, blocks of 64 tokens.
 
 Not in the model: clocks below the boost clock, L2's own bandwidth, instruction issue, imbalance of ragged batches.
 What ptxas and SASS say of the kernels (no spills, instructions of a tile) is in `tests/cuda/test_resources.py`; what
-they move (each byte of the cache once for each block of rows), emulated, in `tests/cuda/test_mla_decode.py`."""
+they move (each byte of the cache once for each block of rows), emulated, in `tests/cuda/test_mla_decode*.py`."""
     return "\n\n".join([introduction, *map(_device_section, DEVICES)]) + "\n"

@@ -166,6 +166,15 @@ def test_clocks_of_a_tile_computed_by_hand() -> None:
     assert tile.serial == 576 + (65_536 + 2048) / 128 + 230 + 512
 
 
+def test_clocks_of_a_tile_of_wgmma_computed_by_hand() -> None:
+    tile = model._Tile.of(64, model.DEVICES[1])
+    multiply_adds = 989e12 / 2 / 132 / 1.755e9
+    # Of 64 rows and 32 tokens all scores twice and the sums once, in each group all queries for 64 tokens.
+    assert tile.tensor == pytest.approx(64 * 32 * (2 * 576 + 512) / multiply_adds)
+    assert tile.shared == (36_864 + 2 * (73_728 / 2 + 36_864) + 32_768) / 128
+    assert tile.serial == pytest.approx(1152 + 325 + 64 * 32 * 512 / multiply_adds)
+
+
 def test_dry_run_lists_the_cases_with_their_floors(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 4 * 3 * 6

@@ -124,6 +124,7 @@ def _build(op: str, arch: str) -> tuple[ctypes.CDLL, ptxvm.Module, tuple[str, ..
             _run(
                 ptxvm.nvcc(), "-std=c++17", f"-gencode=arch=compute_{version},code=compute_{version}",
                 f"-I{CSRC}", f"-I{CSRC / 'include'}", "--Werror=all-warnings",
+                *(["-DTRANSMLA_SM90A"] if arch == "sm_90a" else []),  # as in CMakeLists.txt
                 "-shared", "-Xcompiler=-fPIC", "--cudart=none", "--keep", f"--keep-dir={scratch}",
                 "-o", Path(scratch, "launch.so"), CSRC / "cuda" / op / "launch.cu", runtime[0],
             )  # fmt: skip

@@ -2,18 +2,23 @@
 #include "cuda/mla_decode/combine.cuh"
 #include "cuda/mla_decode/general.cuh"
 #include "cuda/mla_decode/splitkv.cuh"
+#include "cuda/mla_decode/wgmma_sm90.cuh"
 
 namespace transmla {
 namespace {
 
 DeviceLimits current_device() {
-  DeviceLimits device{1, 0, false};
-  int ordinal = 0, major = 0;
+  DeviceLimits device{1, 0, false, false};
+  int ordinal = 0, major = 0, minor = 0;
   cudaGetDevice(&ordinal);
   cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, ordinal);
   cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
   device.has_tma = major >= 9;
+#ifdef TRANSMLA_SM90A  // otherwise the kernel is empty
+  device.has_wgmma = major == 9 && minor == 0;
+#endif
   return device;
 }
 
@@ -63,21 +68,38 @@ void launch_splitkv(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStr
   }
 }
 
+// The cache as [num_blocks, block_size / 8, 9, 8, 64]: a box of 16 tokens is two rows of atoms.
 template <class T>
-void launch_kernels(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
+bool launch_wgmma(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
+  const uint64_t groups = p.block_size / 8, blocks = p.num_blocks;
+  const uint64_t token = p.cache_stride_token, block = p.cache_stride_block;
+  CUtensorMap cache;
+  const bool is_made = make_tensor_map<5>(&cache, p.latent_cache, {64, 8, 9, groups, blocks},
+                                          {token, 64, 8 * token, block}, {64, 8, 9, 2, 1},
+                                          CU_TENSOR_MAP_SWIZZLE_128B);
+  if (is_made) launch(mla_decode_wgmma_sm90_kernel<T>, p, plan, stream, cache);
+  return is_made;
+}
+
+template <class T>
+cudaError_t launch_kernels(const MlaDecodeParams& p, const MlaDecodePlan& plan,
+                           cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     launch(mla_decode_general_kernel<T>, p, plan, stream);
   } else if (plan.rows == 1) {
     launch(mla_decode_general_kernel<T>, p, plan, stream);
+  } else if (plan.rows == kWgmmaRows) {
+    if (!launch_wgmma<T>(p, plan, stream)) return cudaErrorInsufficientDriver;
   } else if (plan.num_warps == 8) {
     launch_splitkv<T, 8>(p, plan, stream);
   } else {
     launch_splitkv<T, 4>(p, plan, stream);
   }
-  if (plan.num_slots == 0) return;
+  if (plan.num_slots == 0) return cudaGetLastError();
   const auto combine =
       p.kv_lora_rank % 4 == 0 ? mla_decode_combine_kernel<T, 4> : mla_decode_combine_kernel<T, 1>;
   combine<<<p.batch_size * p.seqlen_q * p.num_heads, kCombineThreads, 0, stream>>>(p, plan);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -103,16 +125,13 @@ int launch_mla_decode(const MlaDecodeParams& p, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
     case DType::kFloat32:
-      launch_kernels<float>(p, plan, cuda_stream);
-      break;
+      return launch_kernels<float>(p, plan, cuda_stream);
     case DType::kBFloat16:
-      launch_kernels<bf16>(p, plan, cuda_stream);
-      break;
+      return launch_kernels<bf16>(p, plan, cuda_stream);
     case DType::kFloat16:
-      launch_kernels<fp16>(p, plan, cuda_stream);
-      break;
+      return launch_kernels<fp16>(p, plan, cuda_stream);
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace transmla

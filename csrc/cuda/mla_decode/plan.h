@@ -12,10 +12,11 @@ struct DeviceLimits {
   int num_sms;
   int shared_memory;  // bytes a block can opt in to
   bool has_tma;       // copies boxes of tensors: sm_90 and up
+  bool has_wgmma;     // sm_90a, and this library has code for it
 };
 
 struct MlaDecodePlan {
-  int rows;                // of q in a block; 1: the general kernel
+  int rows;                // of q in a block; 1: the general kernel, 64: wgmma_sm90
   int num_warps;           // of a block
   int num_stages;          // tiles that are in shared memory at a time
   int num_row_blocks;      // ceil(seqlen_q * num_heads / rows)
@@ -37,6 +38,12 @@ constexpr int splitkv_shared_bytes(int rows, int num_warps) {
          num_warps * kMaxStages * 8;
 }
 constexpr int splitkv_stage_bytes(int num_warps) { return kTileTokens * 2 * (num_warps * 64 + 64); }
+
+// wgmma_sm90: the rows of q, two tiles of as many tokens, a kilobyte of results for each of eight
+// warps, and the barriers of the tiles.
+constexpr int kWgmmaRows = 64, kWgmmaStages = 2, kWgmmaWarps = 12;
+constexpr int kWgmmaSharedBytes =
+    (1 + kWgmmaStages) * kWgmmaRows * 576 * 2 + 8 * 1024 + kWgmmaStages * 16;
 
 constexpr int kGeneralThreads = 128;
 constexpr index_t kSharedMemoryOfAll = 99 << 10;  // bytes of a block on every GPU since sm_80
@@ -78,6 +85,12 @@ inline int splitkv_rows(index_t num_rows, int num_warps, const DeviceLimits& dev
   return best;
 }
 
+// From where splitkv takes two blocks for the rows, which read the cache twice, on.
+inline bool wgmma_takes(const MlaDecodeParams& p, const DeviceLimits& device) {
+  return device.has_wgmma && p.seqlen_q * p.num_heads > 48 && p.kv_lora_rank == 512 &&
+         p.qk_rope_head_dim == 64 && p.num_blocks > 0 && splitkv_takes(p);
+}
+
 }  // namespace plan_detail
 
 inline MlaDecodePlan make_mla_decode_plan(const MlaDecodeParams& p, const DeviceLimits& device) {
@@ -85,7 +98,12 @@ inline MlaDecodePlan make_mla_decode_plan(const MlaDecodeParams& p, const Device
   const index_t num_rows = p.seqlen_q * p.num_heads;
   MlaDecodePlan plan{};
   int blocks_per_sm = 1;
-  if (splitkv_takes(p)) {
+  if (wgmma_takes(p, device)) {
+    plan.num_warps = kWgmmaWarps;
+    plan.rows = kWgmmaRows;
+    plan.num_stages = kWgmmaStages;
+    plan.shared_memory = kWgmmaSharedBytes;
+  } else if (splitkv_takes(p)) {
     plan.num_warps = p.kv_lora_rank + p.qk_rope_head_dim == 576 ? 8 : 4;
     plan.rows = splitkv_rows(num_rows, plan.num_warps, device);
     const int fixed = splitkv_shared_bytes(plan.rows, plan.num_warps);

@@ -16,20 +16,10 @@
 #include <climits>
 
 #include "cuda/common/mma.cuh"
+#include "cuda/mla_decode/softmax.cuh"
 #include "cuda/mla_decode/tiles.cuh"
 
 namespace transmla {
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-// Through ex2, which is good to 2^-22: tanh.approx has 11 bits, 0.02 of a score at a softcap of 50.
-__device__ __forceinline__ float tanh_fast(float x) {
-  return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2 * kLog2E)));
-}
 
 // What a warp of a block does. `Tiles` says how its slice of the cache comes to shared memory.
 template <class T, int kRowTiles, int kWarps, class Tiles>

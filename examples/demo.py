@@ -1,5 +1,7 @@
 """Converts a real model to MLA and shows what it costs and gains: a table, a picture, a paragraph of each.
 
+The same model is also converted by the method of the TransMLA paper, from the same text to the same cache.
+
 python examples/demo.py SmolLM2-135M-Instruct.Q4_1.gguf demo/
 """
 
@@ -50,15 +52,22 @@ def main() -> None:
     console = Console()
     text = "\n\n".join(topics[name] for name in sorted(topics))  # the manual that every Python ships
     calibration, test = text[: len(text) * 3 // 4], text[len(text) * 3 // 4 :]
-    report = transmla_ext.convert(
-        arguments.model,
-        arguments.out / "mla",
-        kv_lora_rank=arguments.kv_lora_rank,
-        qk_rope_head_dim=arguments.qk_rope_head_dim,
-        calibration=[calibration],
-        overwrite=True,
-    )
+
+    def convert(name: str, **options: Any) -> Any:
+        return transmla_ext.convert(
+            arguments.model,
+            arguments.out / name,
+            kv_lora_rank=arguments.kv_lora_rank,
+            qk_rope_head_dim=arguments.qk_rope_head_dim,
+            calibration=[calibration],
+            overwrite=True,
+            **options,
+        )
+
+    report = convert("mla")
     console.print(report.table())
+    console.print("Again, by the method of the TransMLA paper, for comparison")
+    convert("transmla", method="transmla")
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.out / "mla")
     tokens = tokenizer(test, return_tensors="pt", verbose=False).input_ids[0]
@@ -66,11 +75,12 @@ def main() -> None:
         before = measure_original(arguments.model, tokenizer, tokens, report.plan.cache_bytes_before)
     with console.status("Measuring the converted model, on this package's kernels"):
         after = measure_converted(arguments.out / "mla", tokenizer, tokens, report.plan.cache_bytes_after)
-    console.print(comparison(before, after))
+        transmla = converted_perplexity(arguments.out / "transmla", tokens)
+    console.print(comparison(before, after, transmla))
     for title, measured in (("original", before), ("converted, no training", after)):
         console.print(Panel(PROMPT + measured.paragraph, title=title))
     picture = arguments.out / "demo.png"
-    draw(before, after, report, picture)
+    draw(before, after, transmla, report, picture)
     console.print(f"picture: {picture}   model: {arguments.out / 'mla'}", highlight=False)
     console.print(f"more: transmla generate {arguments.out / 'mla'} 'Once upon a time'", highlight=False)
 
@@ -91,11 +101,13 @@ def measure_original(path: Path, tokenizer: Any, tokens: Tensor, cache_bytes: in
 
 
 @torch.inference_mode()
+def converted_perplexity(path: Path, tokens: Tensor) -> float:
+    """Through transformers' own classes: the same code path as the original's."""
+    return perplexity(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), tokens)
+
+
+@torch.inference_mode()
 def measure_converted(path: Path, tokenizer: Any, tokens: Tensor, cache_bytes: int) -> Measured:
-    # Perplexity through transformers' own classes: the same code path as the original's.
-    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    converted_perplexity = perplexity(plain, tokens)
-    del plain
     model = transmla_ext.load(path)
     speeds = []
     for length in CONTEXTS:
@@ -103,7 +115,7 @@ def measure_converted(path: Path, tokenizer: Any, tokens: Tensor, cache_bytes: i
         speeds.append(decode_speed(lambda token, sequences=sequences: model.decode(sequences, [token]), tokens))
         model.free(sequences)
     (generation,) = model.generate([PROMPT], max_new_tokens=80)
-    return Measured(cache_bytes, converted_perplexity, speeds, generation.text)
+    return Measured(cache_bytes, converted_perplexity(path, tokens), speeds, generation.text)
 
 
 def perplexity(model: Any, tokens: Tensor, rows: int = 8, length: int = 512) -> float:
@@ -125,7 +137,7 @@ def decode_speed(step: Callable[[int], object], tokens: Tensor) -> float:
     return 1 / statistics.median(seconds[2:])
 
 
-def comparison(before: Measured, after: Measured) -> Table:
+def comparison(before: Measured, after: Measured, transmla: float) -> Table:
     table = Table(title="SmolLM2-135M, fp32, on this CPU")
     for column in ("", "original", "MLA", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -135,19 +147,21 @@ def comparison(before: Measured, after: Measured) -> Table:
 
     row("cache bytes per token", before.cache_bytes, after.cache_bytes, ",")
     row("perplexity, text not calibrated on", before.perplexity, after.perplexity, ".2f")
+    row("the same, by the TransMLA paper's method", before.perplexity, transmla, ".2f")
     for context, a, b in zip(CONTEXTS, before.tokens_per_second, after.tokens_per_second, strict=True):
         row(f"decode tokens/s at context {context:,}", a, b, ".1f")
     return table
 
 
-def draw(before: Measured, after: Measured, report: Any, path: Path) -> None:
+def draw(before: Measured, after: Measured, transmla: float, report: Any, path: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    cache, ppl, speed, layers = figure.subplots(1, 4, width_ratios=[1, 1, 1.6, 1.8])
+    cache, ppl, speed, layers = figure.subplots(1, 4, width_ratios=[1, 1.4, 1.6, 1.8])
     for axes, title, values in (
-        (cache, "cache, bytes per token", (before.cache_bytes, after.cache_bytes)),
-        (ppl, "perplexity", (before.perplexity, after.perplexity)),
+        (cache, "cache, bytes per token", {"original": before.cache_bytes, "MLA": after.cache_bytes}),
+        (ppl, "perplexity", {"original": before.perplexity, "MLA": after.perplexity, "TransMLA": transmla}),
     ):
-        bars = axes.bar(["original", "MLA"], values, color=["tab:gray", "tab:blue"])
+        colors = {"original": "tab:gray", "MLA": "tab:blue", "TransMLA": "tab:olive"}
+        bars = axes.bar(values.keys(), values.values(), color=[colors[name] for name in values])
         axes.bar_label(bars, fmt="{:,.5g}")
         axes.set_title(title)
         axes.margins(y=0.1)

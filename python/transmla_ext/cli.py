@@ -30,6 +30,11 @@ class FormatName(str, Enum):
     deepseek_v2 = "deepseek_v2"
 
 
+class MethodName(str, Enum):
+    auto = "auto"
+    transmla = "transmla"
+
+
 class DTypeName(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -75,6 +80,9 @@ def convert(
     ] = None,
     q_lora_rank: Annotated[int | None, typer.Option(help="Factor the query projection too, to this rank.")] = None,
     format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
+    method: Annotated[
+        MethodName, typer.Option(help="Bases that know what reads them, or TransMLA's.")
+    ] = MethodName.auto,
     freqfold: Annotated[str, typer.Option(help="RoPE frequencies folded into one, or 'auto'.")] = "auto",
     calibration: Annotated[
         str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
@@ -106,6 +114,7 @@ def convert(
         qk_rope_head_dim=qk_rope_head_dim,
         q_lora_rank=q_lora_rank,
         format=format.value,
+        method=method.value,
         freqfold=_int_or(freqfold, "auto", "--freqfold"),  # type: ignore[typeddict-item]
         calibration_tokens=calibration_tokens,
         sequence_length=sequence_length,

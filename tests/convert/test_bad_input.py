@@ -66,7 +66,7 @@ def edit_weights(model: Path, name: str, change: Callable[[torch.Tensor], torch.
         ({"q_lora_rank": 1000}, ["q_lora_rank", "from 8 to 64", "got 1000"]),
         ({"freqfold": 3}, ["freqfold", "2, 4, 8", "got 3"]),
         ({"format": "gguf"}, ["format", "transmla, deepseek_v3, deepseek_v2", "'gguf'"]),
-        ({"method": "best"}, ["method", "'transmla'", "'best'"]),
+        ({"method": "best"}, ["method", "auto, transmla", "'best'"]),
         ({"dtype": "int8"}, ["dtype", "float32, bfloat16, float16", "'int8'"]),
         ({"dtype": "float16", "format": "deepseek_v3"}, ["bfloat16 or float32", "float16"]),
         ({"pad_to_engine": True}, ["pad_to_engine", "stock formats"]),

@@ -139,7 +139,8 @@ def test_how_to_generate_is_kept_and_where_it_came_from_is_not(
 
 
 def test_freqfold_auto_takes_each_layers_best(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    model, options = tiny_llama(num_hidden_layers=3), {"kv_lora_rank": 16, "qk_rope_head_dim": 8}
+    model = tiny_llama(num_hidden_layers=3)
+    options: dict[str, Any] = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "method": "transmla"}
     fixed = {
         fold: convert(model, tmp_path / str(fold), freqfold=fold, **options).layers
         for fold in dry_run(model, **options).freqfold

@@ -20,9 +20,22 @@ def problem(seed: int = 0, key_scale: float = 10.0) -> tuple[Tensor, Tensor, Ten
     return kv, kv.mT @ kv / len(kv), rows
 
 
-def test_full_rank_loses_nothing() -> None:
+def random_metrics() -> tuple[Tensor, Tensor]:
+    """Some directions count a thousand times as much as others, one not at all."""
+    generator = torch.Generator().manual_seed(5)
+    metrics = []
+    for n in (NOPE_DIM, KV_DIM):
+        basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+        scale = torch.logspace(-2, 1, n, dtype=torch.float64)
+        scale[0] = 0
+        metrics.append(basis * scale @ basis.mT)
+    return metrics[0], metrics[1]
+
+
+@pytest.mark.parametrize("metrics", [None, random_metrics()])
+def test_full_rank_loses_nothing(metrics: tuple[Tensor, Tensor] | None) -> None:
     kv, moments, rows = problem()
-    latent = joint_latent(moments, rows, NOPE_DIM + KV_DIM)
+    latent = joint_latent(moments, rows, NOPE_DIM + KV_DIM, metrics)
     c = kv @ latent.down.mT
     torch.testing.assert_close(c @ latent.up_k.mT, kv[:, :KV_DIM] @ rows.mT)
     torch.testing.assert_close(c @ latent.up_v.mT, kv[:, KV_DIM:])
@@ -36,26 +49,42 @@ def test_rank_beyond_the_components_is_zero_padded() -> None:
     assert (latent.down[NOPE_DIM + KV_DIM :] == 0).all()
 
 
-def balanced_error(kv: Tensor, rows: Tensor, down: Tensor, up_k: Tensor, up_v: Tensor) -> float:
-    """Squared error with keys and values brought to the same mean square: what BKV minimises."""
-    k, v = kv[:, :KV_DIM] @ rows.mT, kv[:, KV_DIM:]
+def balanced_error(
+    kv: Tensor, rows: Tensor, down: Tensor, up_k: Tensor, up_v: Tensor, metrics: tuple[Tensor, Tensor]
+) -> float:
+    """Squared error in the metrics, keys and values brought to the same mean square: what the latent minimises."""
     c = kv @ down.mT
-    return float(
-        (k - c @ up_k.mT).square().sum() / k.square().sum() + (v - c @ up_v.mT).square().sum() / v.square().sum()
-    )
+    total = 0.0
+    for x, up, metric in zip((kv[:, :KV_DIM] @ rows.mT, kv[:, KV_DIM:]), (up_k, up_v), metrics, strict=True):
+        error = x - c @ up.mT
+        total += float(((error @ metric) * error).sum() / ((x @ metric) * x).sum())
+    return total
 
 
-def test_no_nearby_latent_has_a_smaller_balanced_error() -> None:
+PLAIN = (torch.eye(NOPE_DIM, dtype=torch.float64), torch.eye(KV_DIM, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("metrics", [PLAIN, random_metrics()])
+def test_no_nearby_latent_has_a_smaller_balanced_error(metrics: tuple[Tensor, Tensor]) -> None:
     kv, moments, rows = problem()
-    latent = joint_latent(moments, rows, 6)
-    best = balanced_error(kv, rows, latent.down, latent.up_k, latent.up_v)
+    latent = joint_latent(moments, rows, 6, None if metrics is PLAIN else metrics)
+    best = balanced_error(kv, rows, latent.down, latent.up_k, latent.up_v, metrics)
     generator = torch.Generator().manual_seed(3)
     for size in (1e-3, 1e-1):
         for _ in range(20):
             down = latent.down + size * latent.down.std() * torch.randn(6, 2 * KV_DIM, generator=generator).double()
             c = kv @ down.mT
             solve = torch.linalg.lstsq(c, torch.cat([kv[:, :KV_DIM] @ rows.mT, kv[:, KV_DIM:]], dim=1)).solution.mT
-            assert balanced_error(kv, rows, down, solve[:NOPE_DIM], solve[NOPE_DIM:]) >= best * (1 - 1e-9)
+            other = balanced_error(kv, rows, down, solve[:NOPE_DIM], solve[NOPE_DIM:], metrics)
+            # The metric that divides is lifted by 1e-6 where it is singular.
+            assert other >= best * (1 - (1e-9 if metrics is PLAIN else 1e-5))
+
+
+def test_plain_metrics_change_nothing() -> None:
+    _, moments, rows = problem()
+    plain, none = joint_latent(moments, rows, 6, PLAIN), joint_latent(moments, rows, 6)
+    for x, y in ((plain.up_k @ plain.down, none.up_k @ none.down), (plain.up_v @ plain.down, none.up_v @ none.down)):
+        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-9)
 
 
 def test_balance_keeps_loud_keys_from_crowding_out_the_values() -> None:

@@ -1,5 +1,6 @@
 """The claims of the README on a real model, SmolLM2-135M: exactness, equality of the formats, quality, memory."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_perplexity_is_that_of_a_straightforward_transmla(smollm2: Path, topics_
     test = token_rows(smollm2, topics_text.held_out, 6)
     original = load(smollm2)
     inputs = straightforward.attention_inputs(original, calibration)
+    transmla = []
     for freqfold in (2, 4):
         oracle = straightforward.convert(original, inputs, kv_lora_rank=88, qk_rope_head_dim=32, freqfold=freqfold)
         expected = straightforward.perplexity(oracle, test)
@@ -117,10 +119,20 @@ def test_perplexity_is_that_of_a_straightforward_transmla(smollm2: Path, topics_
             topics_text.calibration,
             kv_lora_rank=88,
             qk_rope_head_dim=32,
+            method="transmla",
             freqfold=freqfold,
             calibration_tokens=calibration.numel(),
         )
-        assert straightforward.perplexity(load(out), test) == pytest.approx(expected, rel=0.1)
+        transmla.append(straightforward.perplexity(load(out), test))
+        assert transmla[-1] == pytest.approx(expected, rel=0.1)
+
+    # On the same tokens, at the same bytes, bases that know what reads them lose a fifth less of the nats.
+    tokens = calibration.numel()
+    ranks = {"kv_lora_rank": 88, "qk_rope_head_dim": 32}
+    convert(smollm2, tmp_path / "auto", topics_text.calibration, calibration_tokens=tokens, **ranks)
+    base = math.log(straightforward.perplexity(original, test))
+    auto = straightforward.perplexity(load(tmp_path / "auto"), test)
+    assert math.log(auto) - base <= 0.8 * (math.log(min(transmla)) - base)
 
 
 def test_peak_memory_of_a_conversion(smollm2: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ class Phi3(Architecture):
     model_type = "phi3"
     models = "Phi-3, Phi-3.5, Phi-4, Phi-4-mini"
     attention = "fused qkv, partial RoPE; LongRoPE in transformers only"
-    stock = "yes, without LongRoPE"
+    stock = "yes, without LongRoPE or a window"
     reads = ("sliding_window", "partial_rotary_factor")
 
     def projections(self, attention: nn.Module) -> Projections:

@@ -114,6 +114,7 @@ class LayerStatistics:
 
     keys: Tensor  # [kv_dim, kv_dim], mean of k kᵀ, biases included: what RoPE turns
     kv: Tensor  # [2 * kv_dim, 2 * kv_dim], mean of [k; v][k; v]ᵀ as the latent carries them, so without biases
+    queries: Tensor  # [num_kv_heads, head_dim, head_dim], sum over the heads of a KV head of mean q qᵀ
     q: Tensor | None  # [num_heads * head_dim, num_heads * head_dim], mean of q qᵀ before bias and norm
 
 
@@ -202,45 +203,53 @@ def run_layer(
 
 
 class StatisticsCollector:
-    """Observes an attention layer's inputs and accumulates LayerStatistics."""
+    """Observes an attention layer's inputs and accumulates LayerStatistics.
 
-    def __init__(self, weights: Projections, shape: AttentionShape, *, queries: bool) -> None:
+    Args:
+        factor_queries: the moments for factoring the query projection are wanted too.
+    """
+
+    def __init__(self, weights: Projections, shape: AttentionShape, *, factor_queries: bool) -> None:
         self._weights, self._shape = weights, shape
         self._w_kv = torch.cat([weights.w_k, weights.w_v])
-        biases = (weights.b_k, weights.b_v)
-        self._b_kv = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
-        self._kv = _zero_covariance(self._w_kv)
-        self._q = _zero_covariance(weights.w_q) if queries else None
+        self._kv = _zero_covariance(1, self._w_kv)
+        self._queries = _zero_covariance(shape.num_heads, weights.w_q)
+        self._q = _zero_covariance(1, weights.w_q) if factor_queries else None
         self._sum = torch.zeros(len(self._w_kv), dtype=torch.float64, device=self._w_kv.device)
         self._num_tokens = 0
 
     def __call__(self, io: AttentionIO) -> None:
         x = io[0].flatten(0, 1)
         self._num_tokens += len(x)
-        kv = self._latent_input(x)
+        k, v = F.linear(x, self._w_kv).tensor_split(2, dim=-1)
+        q = F.linear(x, self._weights.w_q)
+        if self._q is not None:
+            ops.covariance_add_(self._q, q[:, None])
+        q = self._normed(q, self._weights.b_q, self._weights.q_norm)
+        ops.covariance_add_(self._queries, q)
+        if self._weights.k_norm is not None:
+            k = self._normed(k, self._weights.b_k, self._weights.k_norm).flatten(1)
+            v = v if self._weights.b_v is None else v + self._weights.b_v
+        kv = torch.cat([k, v], dim=-1)
         self._sum += kv.sum(0, dtype=torch.float64)
         ops.covariance_add_(self._kv, kv[:, None])
-        if self._q is not None:
-            ops.covariance_add_(self._q, F.linear(x, self._weights.w_q)[:, None])
 
-    def _latent_input(self, x: Tensor) -> Tensor:
-        if self._weights.k_norm is None:
-            return F.linear(x, self._w_kv)
-        kv = F.linear(x, self._w_kv, self._b_kv)
-        k, v = kv.tensor_split(2, dim=-1)
-        heads = k.unflatten(-1, (self._shape.num_kv_heads, -1))
-        normed = F.rms_norm(heads, heads.shape[-1:], self._weights.k_norm, self._shape.qk_norm_eps)
-        return torch.cat([normed.flatten(1), v], dim=-1)
+    def _normed(self, x: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        """[num_tokens, heads, head_dim]: what RoPE turns."""
+        heads = (x if bias is None else x + bias).unflatten(-1, (-1, self._shape.head_dim))
+        return heads if norm is None else F.rms_norm(heads, heads.shape[-1:], norm, self._shape.qk_norm_eps)
 
     def statistics(self) -> LayerStatistics:
+        shape, weights = self._shape, self._weights
         kv, mean = self._kv[0] / self._num_tokens, self._sum / self._num_tokens
-        kv_dim = self._shape.kv_dim
-        keys = kv[:kv_dim, :kv_dim]
-        if self._weights.b_k is not None and self._weights.k_norm is None:
-            bias, mean = self._weights.b_k.double(), mean[:kv_dim]
+        keys = kv[: shape.kv_dim, : shape.kv_dim]
+        if weights.b_k is not None and weights.k_norm is None:
+            bias, mean = weights.b_k.double(), mean[: shape.kv_dim]
             keys = keys + torch.outer(bias, mean) + torch.outer(mean, bias) + torch.outer(bias, bias)
-        return LayerStatistics(keys, kv, None if self._q is None else self._q[0] / self._num_tokens)
+        queries = self._queries.unflatten(0, (shape.num_kv_heads, -1)).sum(1) / self._num_tokens
+        return LayerStatistics(keys, kv, queries, None if self._q is None else self._q[0] / self._num_tokens)
 
 
-def _zero_covariance(weight: Tensor) -> Tensor:
-    return torch.zeros(1, len(weight), len(weight), dtype=torch.float64, device=weight.device)
+def _zero_covariance(groups: int, weight: Tensor) -> Tensor:
+    n = len(weight) // groups
+    return torch.zeros(groups, n, n, dtype=torch.float64, device=weight.device)

@@ -47,12 +47,13 @@ def build_layer(
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     kv_head = torch.arange(heads) // (heads // kv_heads)
     w_q, w_k, w_v = (weight.double() for weight in (weights.w_q, weights.w_k, weights.w_v))
-    rope_of_keys = split.rope_rows.flatten(1)  # [qk_rope_head_dim, kv_dim]
-    has_nope = len(split.nope_rows) > 0
+    rope_of_keys = split.rope_keys.flatten(1)  # [qk_rope_head_dim, kv_dim]
+    rope_of_queries = split.rope_queries.transpose(0, 1)  # [kv_heads, qk_rope_head_dim, head_dim]
+    has_nope = len(split.nope_keys) > 0
 
     kv_b = latent.up_v.view(kv_heads, dim, -1)[kv_head]
     if has_nope:
-        up_k = torch.einsum("ngd,nr->gdr", split.nope_rows, latent.up_k)
+        up_k = torch.einsum("ngd,nr->gdr", split.nope_queries, latent.up_k)
         up_k[:, : shape.rotary_dim] *= rope_scale**2
         kv_b = torch.cat([up_k[kv_head], kv_b], dim=1)
     config = MLAConfig(
@@ -72,7 +73,7 @@ def build_layer(
     q_source, b_q = w_q if q_basis is None else q_basis, weights.b_q
     if weights.k_norm is None:
         nope = torch.eye(dim if has_nope else 0, dim, dtype=w_q.dtype, device=w_q.device).expand(heads, -1, -1)
-        own = torch.cat([nope, split.rope_rows.transpose(0, 1)[kv_head]], dim=1)  # per head, over its query numbers
+        own = torch.cat([nope, rope_of_queries[kv_head]], dim=1)  # per head, over its query numbers
         q_source = (own @ q_source.view(heads, dim, -1)).flatten(0, 1)
         named["kv_a_proj_with_mqa.weight"] = torch.cat([latent.down @ torch.cat([w_k, w_v]), rope_of_keys @ w_k])
         if weights.b_q is not None and weights.b_k is not None and weights.b_v is not None:
@@ -85,7 +86,7 @@ def build_layer(
         of_values = rope_of_keys.new_zeros(len(rope_of_keys), shape.kv_dim)
         named |= {
             "q_norm.weight": weights.q_norm,
-            "q_rope_proj.weight": split.rope_rows.transpose(0, 1).flatten(0, 1),
+            "q_rope_proj.weight": rope_of_queries.flatten(0, 1),
             "kv_proj.weight": torch.cat([w_k, w_v]),
             "kv_proj.bias": _cat(weights.b_k, weights.b_v),
             "k_norm.weight": weights.k_norm,

@@ -419,7 +419,7 @@ MUTATIONS = [
         "mla_decode/wgmma_sm90.cuh",
         "      if (row >= num_rows_) continue;\n      float* out",
         "      float* out",
-        "test_mla_decode_wgmma.py::test_any_number_of_rows_from_49_on",
+        "test_mla_decode_wgmma.py::test_any_number_of_splits",
     ),
     Mutation(
         "wgmma: products are not committed",

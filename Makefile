@@ -10,8 +10,10 @@ CXX_FILES = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name 
 .PHONY: demo test test-cuda mutations bench-gpu lint format build
 demo: $(INSTALLED) $(SMOLLM2); $(PYTHON) examples/demo.py $(SMOLLM2) demo
 test: $(INSTALLED) $(SMOLLM2); $(PYTHON) -m pytest tests -q --durations=10
-# Needs nvcc and no GPU: the kernels run on the CPU.
-test-cuda: $(INSTALLED); $(PYTHON) -m pytest tests/ptxvm tests/cuda -q --durations=10
+# Needs nvcc, which comes as wheels where there is none, and no GPU: the kernels run on the CPU.
+test-cuda: $(INSTALLED)
+	command -v "$${CUDACXX:-nvcc}" >/dev/null || $(PYTHON) -m pip install --quiet nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
+	$(PYTHON) -m pytest tests/ptxvm tests/cuda -q --durations=10
 # Breaks the CUDA kernels, one line at a time, and says which test notices.
 mutations: $(INSTALLED); $(PYTHON) tests/cuda/mutations.py
 # Needs a GPU.

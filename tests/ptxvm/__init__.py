@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -345,13 +346,13 @@ def load(text: str, path: Path | None = None) -> Module:
 
 
 def nvcc() -> str:
-    """The CUDA compiler: CUDACXX, or nvcc on PATH."""
-    compiler = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    """The CUDA compiler: CUDACXX, nvcc on PATH, or that of the wheels."""
+    wheels = Path(sysconfig.get_path("purelib"), "nvidia")
+    compiler = os.environ.get("CUDACXX") or shutil.which("nvcc") or next(map(str, wheels.glob("*/bin/nvcc")), None)
     if not compiler:
         raise RuntimeError(
             "There is no nvcc. No GPU is needed, and the compiler comes from PyPI: pip install nvidia-cuda-nvcc "
-            "nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl; then put site-packages/nvidia/cu13/bin "
-            "on PATH, or name its nvcc in CUDACXX."
+            "nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
         )
     return compiler
 

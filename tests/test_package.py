@@ -63,7 +63,7 @@ def test_headers_and_cmake_package_are_installed() -> None:
     assert (Path(_lib.get_cmake_dir()) / "transmlaConfig.cmake").is_file()
 
 
-@pytest.mark.skipif(not _lib.has_cuda_kernels, reason="built without CUDA")
+@pytest.mark.skipif(not _lib.has_cuda_kernels, reason="needs a build with nvcc")
 def test_cuda_kernels_are_registered_without_a_gpu() -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("transmla::merge_attn_states", "CUDA")
 

@@ -46,7 +46,8 @@ class Checkpoint(ABC):
 
     path: Path
     config: PretrainedConfig
-    shapes: dict[str, tuple[int, ...]]
+    expected: dict[str, tuple[int, ...]]  # name and shape of every weight that transformers' model has
+    shapes: dict[str, tuple[int, ...]]  # and of what the files hold
     dtype: torch.dtype  # of the weights; what a conversion writes unless told otherwise
 
     @abstractmethod
@@ -95,6 +96,7 @@ class _SafetensorsCheckpoint(Checkpoint):
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(f"{path} is quantised; convert the original bf16, fp16 or fp32 checkpoint")
         _truncate(self.config, num_layers)
+        self.expected = expected_shapes(self.config)
         self._files = self._weight_map()
         stored, dtypes = {}, {}
         for file in sorted(set(self._files.values())):
@@ -120,7 +122,7 @@ class _SafetensorsCheckpoint(Checkpoint):
         architecture, rest = family(self.config.model_type), dict(stored)
         sources: dict[str, str | list[list[str]]] = {}
         shapes = {}
-        for name, expected in expected_shapes(self.config).items():
+        for name, expected in self.expected.items():
             source = name if name in stored else architecture.stored(name, self.config)
             if not isinstance(source, str):
                 for part in (part for parts in source for part in parts):
@@ -195,6 +197,7 @@ class _GgufCheckpoint(Checkpoint):
             )
         self.config = _read_config(path.parent, architecture, gguf_file=path.name)
         _truncate(self.config, num_layers)
+        self.expected = expected_shapes(self.config)
         stored = {tensor.name: tensor for tensor in reader.tensors}
         if "rope_freqs.weight" in stored:
             raise CheckpointError(
@@ -202,7 +205,7 @@ class _GgufCheckpoint(Checkpoint):
             )
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers)
         self._tensors: dict[str, Any] = {}
-        for name in expected_shapes(self.config):
+        for name in self.expected:
             gguf_name = names.get_name(name, try_suffixes=(".weight",))
             if gguf_name in stored:
                 self._tensors[name] = stored[gguf_name]

@@ -8,6 +8,7 @@ import harness
 import pytest
 import torch
 from accuracy import assert_as_accurate, to_double
+from latent import NO_BLOCK, decode_args
 from ptxvm import Stats
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from transmla_ext import reference
 HALVES = [torch.bfloat16, torch.float16]
 SIZES = [(512, 64), (448, 128), (320, 256), (256, 64)]
 SPLITKV = {"sm_80": "splitkv_sm80", "sm_90a": "splitkv_sm90"}
-NO_BLOCK = 2**30  # in the block table, where nothing may look
 
 
 def make_args(
@@ -25,29 +25,20 @@ def make_args(
     size: tuple[int, int] = (512, 64),
     num_heads: int = 16,
     block_size: int = 64,
-    seqlen_q: int = 1,
     seqlens: tuple[int, ...] = (33, 0, 1, 200),
+    **fields: Any,
 ) -> dict[str, Any]:
-    """Arguments of the op: scores of unit variance, a scrambled block table, NaN wherever no token is."""
-    kv_lora_rank, dim = size[0], sum(size)
-    blocks_of = [-(-seqlen // block_size) for seqlen in seqlens]
-    num_blocks = sum(blocks_of) + 3
-    latent_cache = torch.full((num_blocks, block_size, dim), torch.nan, dtype=dtype)
-    block_table = torch.full((len(seqlens), max(blocks_of, default=0) + 2), NO_BLOCK, dtype=torch.int32)
-    free = torch.randperm(num_blocks).tolist()
-    for row, seqlen, count in zip(block_table, seqlens, blocks_of, strict=True):
-        for i in range(count):
-            row[i] = block = free.pop()
-            filled = min(block_size, seqlen - i * block_size)
-            latent_cache[block, :filled] = torch.randn(filled, dim).to(dtype)
-    return {
-        "q": torch.randn(len(seqlens), seqlen_q, num_heads, dim).to(dtype),
-        "latent_cache": latent_cache,
-        "block_table": block_table,
-        "cache_seqlens": torch.tensor(seqlens, dtype=torch.int32),
-        "kv_lora_rank": kv_lora_rank,
-        "softmax_scale": dim**-0.5,
-    }
+    """decode_args() of the sizes that the kernels are made for."""
+    rank, rope = size
+    return decode_args(
+        dtype,
+        kv_lora_rank=rank,
+        qk_rope_head_dim=rope,
+        num_heads=num_heads,
+        block_size=block_size,
+        seqlens=seqlens,
+        **fields,
+    )
 
 
 def decode(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, to_double
+from latent import decode_args
 from matrices import GENERAL, assert_is_pca, assert_is_svd, symmetric
 from ops.test_covariance_add_ import added
 from ops.test_covariance_add_ import make_args as covariance_args
 from ops.test_merge_attn_states import make_args as merge_args
-from ops.test_mla_decode import make_args as decode_args
 from ops.test_mla_project import make_args as project_args
 from ops.test_mla_project import project
 from torch import Tensor

@@ -8,44 +8,11 @@ import torch
 from accuracy import assert_as_accurate, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latent import NO_BLOCK, decode_args
 
 from transmla_ext import ops, reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-RAGGED = (0, 1, 31, 32, 33, 257)
-NO_BLOCK = 2**30  # in the block table, where nothing may look
-
-
-def make_args(
-    dtype: torch.dtype = torch.float32,
-    *,
-    kv_lora_rank: int = 48,
-    qk_rope_head_dim: int = 16,
-    num_heads: int = 3,
-    block_size: int = 16,
-    seqlen_q: int = 1,
-    seqlens: tuple[int, ...] = RAGGED,
-) -> dict[str, Any]:
-    """Arguments with scores of unit variance, a scrambled block table, and NaN wherever no token is."""
-    dim = kv_lora_rank + qk_rope_head_dim
-    blocks_of = [-(-seqlen // block_size) for seqlen in seqlens]
-    num_blocks = sum(blocks_of) + 3
-    latent_cache = torch.full((num_blocks, block_size, dim), torch.nan, dtype=dtype)
-    block_table = torch.full((len(seqlens), max(blocks_of, default=0) + 2), NO_BLOCK, dtype=torch.int32)
-    free = torch.randperm(num_blocks).tolist()
-    for row, seqlen, count in zip(block_table, seqlens, blocks_of, strict=True):
-        for i in range(count):
-            row[i] = block = free.pop()
-            size = min(block_size, seqlen - i * block_size)
-            latent_cache[block, :size] = torch.randn(size, dim).to(dtype)
-    return {
-        "q": torch.randn(len(seqlens), seqlen_q, num_heads, dim).to(dtype),
-        "latent_cache": latent_cache,
-        "block_table": block_table,
-        "cache_seqlens": torch.tensor(seqlens, dtype=torch.int32),
-        "kv_lora_rank": kv_lora_rank,
-        "softmax_scale": dim**-0.5,
-    }
 
 
 def assert_matches_reference(args: dict[str, Any]) -> None:
@@ -63,41 +30,41 @@ def assert_matches_reference(args: dict[str, Any]) -> None:
 def test_ragged_batch_matches_the_reference(
     isa: str, dtype: torch.dtype, kv_lora_rank: int, qk_rope_head_dim: int
 ) -> None:
-    assert_matches_reference(make_args(dtype, kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim))
+    assert_matches_reference(decode_args(dtype, kv_lora_rank=kv_lora_rank, qk_rope_head_dim=qk_rope_head_dim))
 
 
 @pytest.mark.parametrize("num_heads", [1, 7, 9, 16, 33])
 def test_any_number_of_heads(isa: str, num_heads: int) -> None:
-    assert_matches_reference(make_args(num_heads=num_heads))
-    assert_matches_reference(make_args(torch.bfloat16, num_heads=num_heads, seqlen_q=2))
+    assert_matches_reference(decode_args(num_heads=num_heads))
+    assert_matches_reference(decode_args(torch.bfloat16, num_heads=num_heads, seqlen_q=2))
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 64])
 def test_any_block_size(isa: str, block_size: int) -> None:
-    assert_matches_reference(make_args(block_size=block_size))
+    assert_matches_reference(decode_args(block_size=block_size))
 
 
 @pytest.mark.parametrize("seqlen_q", [2, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_new_query_sees_no_later_token(isa: str, dtype: torch.dtype, seqlen_q: int) -> None:
     # Sequences of 1 and 0 tokens have fewer tokens than queries: the first queries see nothing.
-    assert_matches_reference(make_args(dtype, seqlen_q=seqlen_q, num_heads=7))
+    assert_matches_reference(decode_args(dtype, seqlen_q=seqlen_q, num_heads=7))
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softcap(isa: str, dtype: torch.dtype, softcap: float) -> None:
-    assert_matches_reference({**make_args(dtype), "softcap": softcap})
+    assert_matches_reference({**decode_args(dtype), "softcap": softcap})
 
 
 @pytest.mark.parametrize("sliding_window", [1, 7, 64, 1000])
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 def test_sliding_window(isa: str, sliding_window: int, seqlen_q: int) -> None:
-    assert_matches_reference({**make_args(seqlen_q=seqlen_q), "sliding_window": sliding_window, "num_splits": 3})
+    assert_matches_reference({**decode_args(seqlen_q=seqlen_q), "sliding_window": sliding_window, "num_splits": 3})
 
 
 def test_pages_before_the_window_are_never_read(isa: str) -> None:
-    args = {**make_args(seqlens=(257,)), "sliding_window": 20}
+    args = {**decode_args(seqlens=(257,)), "sliding_window": 20}
     expected = ops.mla_decode(**args)
     args["latent_cache"][args["block_table"][0, :14].long()] = torch.nan
     args["block_table"][0, :14] = NO_BLOCK
@@ -107,13 +74,13 @@ def test_pages_before_the_window_are_never_read(isa: str) -> None:
 @pytest.mark.parametrize("num_splits", [1, 3, 7, 100])
 @pytest.mark.parametrize("seqlen_q", [1, 2])
 def test_num_splits_does_not_change_the_result(isa: str, threads: int, num_splits: int, seqlen_q: int) -> None:
-    args = make_args(seqlens=(0, 1, 33, 257, 900), seqlen_q=seqlen_q)
+    args = decode_args(seqlens=(0, 1, 33, 257, 900), seqlen_q=seqlen_q)
     assert_matches_reference({**args, "num_splits": num_splits})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batch_invariant_bits_do_not_depend_on_the_batch(isa: str, threads: int, dtype: torch.dtype) -> None:
-    args = {**make_args(dtype, seqlens=(900, 33, 1, 257)), "batch_invariant": True}
+    args = {**decode_args(dtype, seqlens=(900, 33, 1, 257)), "batch_invariant": True}
     out, lse = ops.mla_decode(**args)
     for i in range(4):
         row = {name: args[name][i : i + 1] for name in ("q", "block_table", "cache_seqlens")}
@@ -123,14 +90,14 @@ def test_batch_invariant_bits_do_not_depend_on_the_batch(isa: str, threads: int,
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(isa: str, threads: int) -> None:
-    args = {**make_args(num_heads=33, seqlens=(900, 33, 1)), "num_splits": 4}
+    args = {**decode_args(num_heads=33, seqlens=(900, 33, 1)), "num_splits": 4}
     actual = ops.mla_decode(**args)
     torch.set_num_threads(1)
     assert all(map(torch.equal, actual, ops.mla_decode(**args)))
 
 
 def test_unused_pages_are_never_read(isa: str) -> None:
-    args = make_args(seqlen_q=2)
+    args = decode_args(seqlen_q=2)
     poisoned = ops.mla_decode(**args)
     args["latent_cache"].nan_to_num_(0.0)
     args["block_table"][args["block_table"] == NO_BLOCK] = 0
@@ -138,26 +105,26 @@ def test_unused_pages_are_never_read(isa: str) -> None:
 
 
 def test_empty_sequence_gives_zero_and_minus_infinity(isa: str) -> None:
-    out, lse = ops.mla_decode(**make_args(seqlens=(0, 5, 0), seqlen_q=2))
+    out, lse = ops.mla_decode(**decode_args(seqlens=(0, 5, 0), seqlen_q=2))
     assert torch.equal(out[::2], torch.zeros(2, 2, 3, 48))
     assert torch.equal(lse[::2], torch.full((2, 3, 2), -torch.inf))
 
 
 def test_empty_batch() -> None:
-    out, lse = ops.mla_decode(**make_args(seqlens=()))
+    out, lse = ops.mla_decode(**decode_args(seqlens=()))
     assert out.shape == (0, 1, 3, 48)
     assert lse.shape == (0, 3, 1)
 
 
 def test_one_token_is_returned_as_it_is(isa: str) -> None:
-    args = make_args(torch.bfloat16, seqlens=(1,), block_size=1)
+    args = decode_args(torch.bfloat16, seqlens=(1,), block_size=1)
     out, _ = ops.mla_decode(**args)
     latent = args["latent_cache"][args["block_table"][0, 0], 0, :48]
     assert torch.equal(out[0, 0], latent.expand(3, 48))
 
 
 def test_nan_in_one_sequence_stays_there(isa: str) -> None:
-    args = make_args(seqlens=(40, 40))
+    args = decode_args(seqlens=(40, 40))
     args["latent_cache"][args["block_table"][0, 1], 3] = torch.nan
     out, lse = ops.mla_decode(**args)
     assert out[0].isnan().all()
@@ -167,13 +134,13 @@ def test_nan_in_one_sequence_stays_there(isa: str) -> None:
 
 
 def test_scores_of_any_size_do_not_overflow(isa: str) -> None:
-    args = make_args(seqlens=(257,))
+    args = decode_args(seqlens=(257,))
     assert_matches_reference({**args, "softmax_scale": 100.0})
     assert_matches_reference({**args, "softmax_scale": 0.0})
 
 
 def test_query_cache_and_block_table_may_be_strided(isa: str) -> None:
-    args = make_args(torch.bfloat16, seqlen_q=2)
+    args = decode_args(torch.bfloat16, seqlen_q=2)
     contiguous = ops.mla_decode(**args)
     q, cache, table = args["q"], args["latent_cache"], args["block_table"]
     strided_cache = torch.full((cache.size(0), 2, *cache.shape[1:]), torch.nan, dtype=cache.dtype)[:, 1]
@@ -189,7 +156,7 @@ def test_query_cache_and_block_table_may_be_strided(isa: str) -> None:
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_any_combination_matches_the_reference(data: st.DataObject) -> None:
-    args = make_args(
+    args = decode_args(
         data.draw(st.sampled_from(DTYPES)),
         kv_lora_rank=data.draw(st.integers(1, 70)),
         qk_rope_head_dim=2 * data.draw(st.integers(0, 20)),
@@ -250,24 +217,24 @@ MISUSE = {
     ],
 )
 def test_misuse_says_what_was_expected_and_got(name: str, change: Any, message: str) -> None:
-    args = make_args()
+    args = decode_args()
     args[name] = change(args.get(name))
     with pytest.raises(RuntimeError, match="transmla::mla_decode: " + message):
         ops.mla_decode(**args)
 
 
 def test_opcheck() -> None:
-    args = make_args(torch.bfloat16, seqlen_q=2)
+    args = decode_args(torch.bfloat16, seqlen_q=2)
     torch.library.opcheck(torch.ops.transmla.mla_decode, (*args.values(), 0.0, 0, 0, False))
 
 
 def test_compiles_without_a_graph_break() -> None:
-    args = make_args()
+    args = decode_args()
     compiled = torch.compile(lambda kwargs: ops.mla_decode(**kwargs), fullgraph=True)
     assert all(map(torch.equal, compiled(args), ops.mla_decode(**args)))
 
 
 def test_lse_is_the_natural_logarithm() -> None:
-    args = make_args(seqlens=(33,))
+    args = decode_args(seqlens=(33,))
     _, lse = ops.mla_decode(**{**args, "softmax_scale": 0.0})
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(33)))

@@ -114,7 +114,7 @@ class LayerStatistics:
 
     keys: Tensor  # [kv_dim, kv_dim], mean of k kᵀ, biases included: what RoPE turns
     kv: Tensor  # [2 * kv_dim, 2 * kv_dim], mean of [k; v][k; v]ᵀ as the latent carries them, so without biases
-    queries: Tensor  # [num_kv_heads, head_dim, head_dim], sum over the heads of a KV head of mean q qᵀ
+    queries: Tensor | None  # [num_kv_heads, head_dim, head_dim], sum over the heads of a KV head of mean q qᵀ
     q: Tensor | None  # [num_heads * head_dim, num_heads * head_dim], mean of q qᵀ before bias and norm
 
 
@@ -206,14 +206,15 @@ class StatisticsCollector:
     """Observes an attention layer's inputs and accumulates LayerStatistics.
 
     Args:
-        factor_queries: the moments for factoring the query projection are wanted too.
+        queries: LayerStatistics.queries is wanted.
+        factor_queries: LayerStatistics.q is wanted, for factoring the query projection.
     """
 
-    def __init__(self, weights: Projections, shape: AttentionShape, *, factor_queries: bool) -> None:
+    def __init__(self, weights: Projections, shape: AttentionShape, *, queries: bool, factor_queries: bool) -> None:
         self._weights, self._shape = weights, shape
         self._w_kv = torch.cat([weights.w_k, weights.w_v])
         self._kv = _zero_covariance(1, self._w_kv)
-        self._queries = _zero_covariance(shape.num_heads, weights.w_q)
+        self._queries = _zero_covariance(shape.num_heads, weights.w_q) if queries else None
         self._q = _zero_covariance(1, weights.w_q) if factor_queries else None
         self._sum = torch.zeros(len(self._w_kv), dtype=torch.float64, device=self._w_kv.device)
         self._num_tokens = 0
@@ -222,11 +223,12 @@ class StatisticsCollector:
         x = io[0].flatten(0, 1)
         self._num_tokens += len(x)
         k, v = F.linear(x, self._w_kv).tensor_split(2, dim=-1)
-        q = F.linear(x, self._weights.w_q)
-        if self._q is not None:
-            ops.covariance_add_(self._q, q[:, None])
-        q = self._normed(q, self._weights.b_q, self._weights.q_norm)
-        ops.covariance_add_(self._queries, q)
+        if self._q is not None or self._queries is not None:
+            q = F.linear(x, self._weights.w_q)
+            if self._q is not None:
+                ops.covariance_add_(self._q, q[:, None])
+            if self._queries is not None:
+                ops.covariance_add_(self._queries, self._normed(q, self._weights.b_q, self._weights.q_norm))
         if self._weights.k_norm is not None:
             k = self._normed(k, self._weights.b_k, self._weights.k_norm).flatten(1)
             v = v if self._weights.b_v is None else v + self._weights.b_v
@@ -246,7 +248,9 @@ class StatisticsCollector:
         if weights.b_k is not None and weights.k_norm is None:
             bias, mean = weights.b_k.double(), mean[: shape.kv_dim]
             keys = keys + torch.outer(bias, mean) + torch.outer(mean, bias) + torch.outer(bias, bias)
-        queries = self._queries.unflatten(0, (shape.num_kv_heads, -1)).sum(1) / self._num_tokens
+        queries = self._queries
+        if queries is not None:
+            queries = queries.unflatten(0, (shape.num_kv_heads, -1)).sum(1) / self._num_tokens
         return LayerStatistics(keys, kv, queries, None if self._q is None else self._q[0] / self._num_tokens)
 
 

@@ -25,7 +25,6 @@ from ..checkpoint import (
     Staging,
     check_out_path,
     check_shape,
-    expected_shapes,
     open_checkpoint,
     staging,
 )
@@ -310,7 +309,12 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) 
             run_layer(layer, held_out, inputs)
         else:
             weights = job.architecture.projections(attention)
-            collector = StatisticsCollector(weights, job.shape, factor_queries=job.target.q_lora_rank is not None)
+            collector = StatisticsCollector(
+                weights,
+                job.shape,
+                queries=job.plan.method == "auto",
+                factor_queries=job.target.q_lora_rank is not None,
+            )
             run_layer(layer, train, inputs, collector)
             probe: list[AttentionIO] = []
             run_layer(layer, held_out, inputs, probe.append)
@@ -340,14 +344,15 @@ def _convert_layer(
 ) -> tuple[MLALayer, LayerReport]:
     """The layer with the FreqFold that has the least error of the attention output on held-out text."""
     best = None
-    aware = job.plan.method == "auto"
+    queries = statistics.queries
+    value_metric = None if queries is None else _value_metric(weights, job.shape)
     q_basis = None
     if job.target.q_lora_rank is not None and statistics.q is not None:
         q_basis, _ = leading_basis(statistics.q, job.target.q_lora_rank)
     for freqfold in job.freqfolds:
         slots = rope_slots(job.shape, job.qk_rope_head_dim, freqfold, job.export.frequencies)
-        split = split_rope(statistics.keys, job.shape, freqfold, slots, statistics.queries if aware else None)
-        metrics = (_key_metric(split, statistics.queries), _value_metric(weights, job.shape)) if aware else None
+        split = split_rope(statistics.keys, job.shape, freqfold, slots, queries)
+        metrics = None if queries is None or value_metric is None else (_key_metric(split, queries), value_metric)
         latent = joint_latent(statistics.kv, split.nope_keys.flatten(1), job.target.kv_lora_rank, metrics)
         mla = build_layer(weights, job.shape, split, latent, rope_scale, q_basis)
         report = LayerReport(
@@ -450,7 +455,7 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
 
 def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None, list[str]]]:
     """The original's tensors by output shard, attention left out: (None, those of no layer), then (layer, its own)."""
-    names = list(expected_shapes(source.config))
+    names = list(source.expected)
     groups: list[tuple[int | None, list[str]]] = [
         (None, [name for name in names if not name.startswith("model.layers.")])
     ]
@@ -463,7 +468,7 @@ def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None
 
 def _check_shapes(source: Checkpoint) -> None:
     """CheckpointError unless the files hold exactly the tensors that config.json asks for."""
-    expected = expected_shapes(source.config)
+    expected = source.expected
     for name, shape in expected.items():
         check_shape(source.path, name, source.shapes.get(name), shape)
     # A tied head may be stored all the same, and old checkpoints carry RoPE's constants.
@@ -481,7 +486,7 @@ def _check_weights(source: Checkpoint, bar: Progress) -> None:
 
 def _output_bytes(source: Checkpoint, export: Export, target: MLAConfig, num_layers: int) -> int:
     """Counted by an export of tensors that have no memory."""
-    names = expected_shapes(source.config)
+    names = source.expected
     with torch.device("meta"), torch.no_grad():
         attention = models.MLAAttention(source.config, target, layer_idx=0)
         exported = [export.attention(target, dict(attention.named_parameters()))] * num_layers

@@ -94,10 +94,9 @@ def split_rope(
 
     # A component is vectorᴴ (weight * k); a query reads it with vectorᴴ (q / weight).
     components = vectors.mH
-    key_rows = _real_rows(components * weight[:, None], shape, freqfold)
-    query_rows = _real_rows(components / weight[:, None], shape, freqfold)
 
-    def cut(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def cut(components: Tensor) -> tuple[Tensor, Tensor]:
+        rows = _real_rows(components, shape, freqfold)
         kept = [fold[: len(keep)] for fold, keep in zip(rows, slots, strict=True)]
         dropped = [fold[len(keep) :] for fold, keep in zip(rows, slots, strict=True)]
         return torch.cat(kept).flatten(0, 1), torch.cat([torch.cat(dropped).flatten(0, 1), unturned])
@@ -107,7 +106,8 @@ def split_rope(
         shape.head_dim - rotary_dim, dtype=keys.dtype, device=keys.device
     )[..., None]
     unturned = unturned.flatten(0, 1)
-    (rope_keys, nope_keys), (rope_queries, nope_queries) = cut(key_rows), cut(query_rows)
+    rope_keys, nope_keys = cut(components * weight[:, None])
+    rope_queries, nope_queries = (rope_keys, nope_keys) if queries is None else cut(components / weight[:, None])
     kept_energy = sum(float(energy[: len(keep)].sum()) for energy, keep in zip(energies, slots, strict=True))
     return RopeSplit(
         rope_keys,

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -153,6 +154,19 @@ class Check {
   const char* op_;
   Device device_;
 };
+
+// With scales the cache is of one-byte numbers; without, of the dtype of the other tensors.
+inline void check_cache(const Check& check, const Tensor& latent_cache,
+                        const std::optional<Tensor>& cache_scales, ScalarType dtype, int64_t dim) {
+  check.tensor("latent_cache", latent_cache, {cache_scales ? ScalarType::Float8_e4m3fn : dtype},
+               {{"num_blocks"}, {"block_size"}, {"kv_lora_rank + qk_rope_head_dim", dim}},
+               Strides::kDenseLastDim);
+  if (cache_scales) {
+    check.tensor("cache_scales", *cache_scales, {ScalarType::Float},
+                 {{"num_blocks", latent_cache.size(0)}, {"block_size", latent_cache.size(1)}},
+                 Strides::kDenseLastDim);
+  }
+}
 
 // Of a tensor that has passed a check for kFloats.
 inline DType dtype_of(const Tensor& t) {

@@ -41,6 +41,10 @@ struct Cpu {
     return mla_decode_unsupported(params);
   }
 
+  static const char* unsupported(const MlaProjectParams& params) {
+    return mla_project_unsupported(params);
+  }
+
   static void launch(MlaDecodeParams params, const Tensor&) {
     if (params.num_splits == 0) {
       index_t max_seqlen = 0;

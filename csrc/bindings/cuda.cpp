@@ -59,6 +59,8 @@ struct Cuda {
     return mla_decode_cuda_unsupported(params);
   }
 
+  static const char* unsupported(const MlaProjectParams&) { return nullptr; }
+
   static void launch(const MlaDecodeParams& params, const Tensor& t) {
     launch_in_workspace(t, "mla_decode", mla_decode_cuda_workspace_size, launch_mla_decode, params);
   }

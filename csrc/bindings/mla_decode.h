@@ -36,15 +36,14 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
                                       const Tensor& block_table, const Tensor& cache_seqlens,
                                       int64_t kv_lora_rank, double softmax_scale, double softcap,
                                       int64_t sliding_window, int64_t num_splits,
-                                      bool batch_invariant) {
+                                      bool batch_invariant,
+                                      const std::optional<Tensor>& cache_scales) {
   const Check check("mla_decode", q);
   check.tensor("q", q, kFloats,
                {{"batch_size"}, {"seqlen_q"}, {"num_heads"}, {"kv_lora_rank + qk_rope_head_dim"}},
                Strides::kDenseLastDim);
   const int64_t batch_size = q.size(0), seqlen_q = q.size(1), num_heads = q.size(2);
-  check.tensor("latent_cache", latent_cache, {q.scalar_type()},
-               {{"num_blocks"}, {"block_size"}, {"kv_lora_rank + qk_rope_head_dim", q.size(3)}},
-               Strides::kDenseLastDim);
+  check_cache(check, latent_cache, cache_scales, q.scalar_type(), q.size(3));
   check.tensor("block_table", block_table, {ScalarType::Int},
                {{"batch_size", batch_size}, {"max_blocks"}}, Strides::kDenseLastDim);
   check.tensor("cache_seqlens", cache_seqlens, {ScalarType::Int}, {{"batch_size", batch_size}});
@@ -61,6 +60,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
   MlaDecodeParams params{};
   params.q = q.const_data_ptr();
   params.latent_cache = latent_cache.const_data_ptr();
+  params.cache_scales = cache_scales ? cache_scales->const_data_ptr<float>() : nullptr;
   params.block_table = block_table.const_data_ptr<int32_t>();
   params.cache_seqlens = cache_seqlens.const_data_ptr<int32_t>();
   params.out = out.mutable_data_ptr();
@@ -79,6 +79,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
   params.q_stride_head = q.stride(2);
   params.cache_stride_block = latent_cache.stride(0);
   params.cache_stride_token = latent_cache.stride(1);
+  params.scales_stride_block = cache_scales ? cache_scales->stride(0) : 0;
   params.block_table_stride = block_table.stride(0);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.softcap = static_cast<float>(softcap);

@@ -25,7 +25,8 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
                    const Tensor& slot_mapping, const Tensor& latent_cache,
                    const std::optional<Tensor>& w_q_a, const std::optional<Tensor>& q_a_norm,
                    const std::optional<Tensor>& kv_norm, const std::optional<Tensor>& b_q,
-                   const std::optional<Tensor>& b_kv_a, double norm_eps) {
+                   const std::optional<Tensor>& b_kv_a, double norm_eps,
+                   const std::optional<Tensor>& cache_scales) {
   const Check check("mla_project", hidden);
   check.tensor("hidden", hidden, kFloats, {{"num_tokens"}, {"hidden_size"}}, Strides::kAny);
   const DTypes dtype = {hidden.scalar_type()};
@@ -34,9 +35,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
                Strides::kDenseLastDim);
   const int64_t num_heads = w_uk.size(0), qk_nope_head_dim = w_uk.size(1);
   const int64_t kv_lora_rank = w_uk.size(2);
-  check.tensor("latent_cache", latent_cache, dtype,
-               {{"num_blocks"}, {"block_size"}, {"kv_lora_rank + qk_rope_head_dim"}},
-               Strides::kDenseLastDim);
+  check_cache(check, latent_cache, cache_scales, hidden.scalar_type(), -1);
   const int64_t cache_dim = latent_cache.size(2), qk_rope_head_dim = cache_dim - kv_lora_rank;
   check.number(qk_rope_head_dim >= 0 && qk_rope_head_dim % 2 == 0, "qk_rope_head_dim",
                "even and at least 0: the last dimension of latent_cache less kv_lora_rank",
@@ -73,6 +72,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
   params.positions = positions.const_data_ptr<int64_t>();
   params.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
   params.latent_cache = latent_cache.mutable_data_ptr();
+  params.cache_scales = cache_scales ? cache_scales->mutable_data_ptr<float>() : nullptr;
   params.dtype = dtype_of(hidden);
   params.num_tokens = num_tokens;
   params.num_heads = num_heads;
@@ -86,6 +86,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
   params.w_uk_stride_row = w_uk.stride(1);
   params.cache_stride_block = latent_cache.stride(0);
   params.cache_stride_token = latent_cache.stride(1);
+  params.scales_stride_block = cache_scales ? cache_scales->stride(0) : 0;
   params.norm_eps = static_cast<float>(norm_eps);
   if constexpr (Backend::kOnHost) {
     check_indices(check, "positions", "at least 0 and below max_position", params.positions,
@@ -93,6 +94,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
     check_indices(check, "slot_mapping", "below num_blocks * block_size", params.slot_mapping,
                   num_tokens, INT64_MIN, params.num_blocks * params.block_size);
   }
+  if (const char* reason = Backend::unsupported(params)) check.fail(reason);
 
   const Tensor q_a = w_q_a ? linear(hidden, *w_q_a) : hidden;
   if (q_a_norm) {

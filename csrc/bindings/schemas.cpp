@@ -4,11 +4,12 @@ STABLE_TORCH_LIBRARY(transmla, m) {
   m.def(
       "mla_project(Tensor hidden, Tensor w_q, Tensor w_kv_a, Tensor w_uk, Tensor cos_sin, "
       "Tensor positions, Tensor slot_mapping, Tensor(a!) latent_cache, Tensor? w_q_a, "
-      "Tensor? q_a_norm, Tensor? kv_norm, Tensor? b_q, Tensor? b_kv_a, float norm_eps) -> Tensor");
+      "Tensor? q_a_norm, Tensor? kv_norm, Tensor? b_q, Tensor? b_kv_a, float norm_eps, "
+      "Tensor(b!)? cache_scales=None) -> Tensor");
   m.def(
       "mla_decode(Tensor q, Tensor latent_cache, Tensor block_table, Tensor cache_seqlens, "
       "int kv_lora_rank, float softmax_scale, float softcap, int sliding_window, int num_splits, "
-      "bool batch_invariant) -> (Tensor, Tensor)");
+      "bool batch_invariant, Tensor? cache_scales=None) -> (Tensor, Tensor)");
   m.def(
       "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
       "(Tensor, Tensor)");

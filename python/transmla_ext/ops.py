@@ -30,6 +30,7 @@ def mla_project(
     b_q: Tensor | None = None,
     b_kv_a: Tensor | None = None,
     norm_eps: float = 1e-6,
+    cache_scales: Tensor | None = None,
 ) -> Tensor:
     """Absorbed, rotated queries of new tokens; their latents and rotated keys go to the paged cache.
 
@@ -50,13 +51,16 @@ def mla_project(
         b_q: [num_heads * (qk_nope_head_dim + qk_rope_head_dim)], added after w_q.
         b_kv_a: [kv_lora_rank + qk_rope_head_dim], added after w_kv_a, before the norm and the rotation.
         norm_eps: added to the mean square in both norms.
+        cache_scales: [num_blocks, block_size], fp32, last dimension dense, written in place; latent_cache is then
+            float8_e4m3fn and holds each token over its scale, the least power of two that is at least
+            max|token| / 448 (1 for zeros, NaN for a token that is not finite). CUDA only.
     Returns:
         q [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], dtype of hidden: q_nope · W_UK, then rotated q_pe.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with W_UK absorbed into the query.
     """
     out: Tensor = torch.ops.transmla.mla_project(
         hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache,
-        w_q_a, q_a_norm, kv_norm, b_q, b_kv_a, norm_eps,
+        w_q_a, q_a_norm, kv_norm, b_q, b_kv_a, norm_eps, cache_scales,
     )  # fmt: skip
     return out
 
@@ -78,6 +82,7 @@ def mla_decode(
     sliding_window: int = 0,
     num_splits: int = 0,
     batch_invariant: bool = False,
+    cache_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed MLA attention of new queries over a paged latent cache.
 
@@ -92,6 +97,9 @@ def mla_decode(
         sliding_window: a query sees itself and the sliding_window - 1 tokens before it; 0 is off.
         num_splits: parts each sequence is cut into; 0 lets the device decide.
         batch_invariant: cut at fixed token counts, so that a sequence's bits do not depend on its batch.
+        cache_scales: [num_blocks, block_size], fp32, last dimension dense; latent_cache is then float8_e4m3fn and holds
+            each token over its scale, as mla_project writes it. Other scales than powers of two cost a rounding to the
+            dtype of q; NaN is looked for in scales only. CUDA only.
     Returns:
         out [batch_size, seqlen_q, num_heads, kv_lora_rank], dtype of q, and lse [batch_size, num_heads, seqlen_q],
         fp32, natural log. Query i of a sequence of length n sees tokens 0 .. n - seqlen_q + i (causal).
@@ -100,7 +108,7 @@ def mla_decode(
     """
     out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_decode(
         q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale,
-        softcap, sliding_window, num_splits, batch_invariant,
+        softcap, sliding_window, num_splits, batch_invariant, cache_scales,
     )  # fmt: skip
     return out
 

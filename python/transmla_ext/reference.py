@@ -40,6 +40,7 @@ def mla_project(
     b_q: Tensor | None = None,
     b_kv_a: Tensor | None = None,
     norm_eps: float = 1e-6,
+    cache_scales: Tensor | None = None,
 ) -> Tensor:
     num_heads, qk_nope_head_dim, kv_lora_rank = w_uk.shape
     cos, sin = cos_sin.to(hidden.dtype)[positions].chunk(2, dim=-1)
@@ -49,7 +50,14 @@ def mla_project(
         latent = _rms_norm(latent, kv_norm, norm_eps)
     stored = slot_mapping >= 0
     block, offset = slot_mapping[stored] // latent_cache.size(1), slot_mapping[stored] % latent_cache.size(1)
-    latent_cache[block, offset] = torch.cat((latent, _rotate(k_pe, cos, sin)), dim=-1)[stored]
+    rows = torch.cat((latent, _rotate(k_pe, cos, sin)), dim=-1)[stored]
+    if cache_scales is not None:
+        scales = _widen(rows.abs().amax(-1)) / torch.finfo(torch.float8_e4m3fn).max
+        mantissa, exponent = torch.frexp(scales)
+        powers = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())  # 1 for zeros
+        cache_scales[block, offset] = scales = powers.where(scales.isfinite(), torch.nan)
+        rows = rows / scales[:, None]
+    latent_cache[block, offset] = rows.to(latent_cache.dtype)
 
     q_in = hidden if w_q_a is None else hidden @ w_q_a.T
     if q_a_norm is not None:
@@ -71,6 +79,7 @@ def mla_decode(
     sliding_window: int = 0,
     num_splits: int = 0,
     batch_invariant: bool = False,
+    cache_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch_size, seqlen_q, num_heads, _ = q.shape
     block_size = latent_cache.size(1)
@@ -79,6 +88,9 @@ def mla_decode(
     for i, seqlen in enumerate(cache_seqlens.tolist()):
         blocks = block_table[i, : -(-seqlen // block_size)].long()
         keys = latent_cache[blocks].flatten(0, 1)[:seqlen]
+        if cache_scales is not None:
+            scales = cache_scales[blocks].flatten()[:seqlen, None]
+            keys = (keys.to(scales.dtype) * scales).to(q.dtype)
         scores = torch.einsum("qhd,kd->hqk", q[i], keys) * softmax_scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)

@@ -54,6 +54,7 @@ def decode(
     sliding_window: int = 0,
     num_splits: int = 0,
     split_size: int = 0,
+    cache_scales: Tensor | None = None,
     **device: int,
 ) -> tuple[Tensor, Tensor, dict[str, Stats]]:
     """out, lse, and what each kernel did."""
@@ -61,6 +62,7 @@ def decode(
     fields: dict[str, Any] = {
         "q": q,
         "latent_cache": latent_cache,
+        "cache_scales": cache_scales,
         "block_table": block_table,
         "cache_seqlens": cache_seqlens,
         "out": torch.full((batch_size, seqlen_q, num_heads, kv_lora_rank), torch.nan, dtype=q.dtype),
@@ -79,6 +81,7 @@ def decode(
         "q_stride_head": q.stride(2),
         "cache_stride_block": latent_cache.stride(0),
         "cache_stride_token": latent_cache.stride(1),
+        "scales_stride_block": 0 if cache_scales is None else cache_scales.stride(0),
         "block_table_stride": block_table.stride(0),
         "softmax_scale": softmax_scale,
         "softcap": softcap,

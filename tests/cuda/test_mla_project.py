@@ -52,16 +52,18 @@ def make_args(
 
 
 def project(arch: str, args: Args) -> tuple[Tensor, Tensor, Stats]:
-    """The kernel behind the two GEMMs, which torch does here as on a GPU."""
+    """The kernel behind the two GEMMs, which torch does here as on a GPU; writes cache_scales in place."""
     cache, w_uk = args["latent_cache"].clone(), args["w_uk"]
-    q = torch.full((len(args["hidden"]), len(w_uk), cache.size(2)), torch.nan, dtype=cache.dtype)
+    scales, dtype = args.get("cache_scales"), args["hidden"].dtype
+    q = torch.full((len(args["hidden"]), len(w_uk), cache.size(2)), torch.nan, dtype=dtype)
     params = {name: args[name] for name in ("w_uk", "kv_norm", "cos_sin", "positions", "slot_mapping", "norm_eps")}
     params |= {
         "q_proj": args["hidden"] @ args["w_q"].T,
         "kv_a_proj": args["hidden"] @ args["w_kv_a"].T,
         "q": q,
         "latent_cache": cache,
-        "dtype": cache.dtype,
+        "cache_scales": scales,
+        "dtype": dtype,
         "num_tokens": len(q),
         "num_heads": len(w_uk),
         "kv_lora_rank": w_uk.size(2),
@@ -74,6 +76,7 @@ def project(arch: str, args: Args) -> tuple[Tensor, Tensor, Stats]:
         "w_uk_stride_row": w_uk.stride(1),
         "cache_stride_block": cache.stride(0),
         "cache_stride_token": cache.stride(1),
+        "scales_stride_block": 0 if scales is None else scales.stride(0),
     }
     [(_, stats)] = harness.launch("mla_project", arch, params)
     return q, cache, stats

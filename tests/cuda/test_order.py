@@ -9,6 +9,7 @@ import pytest
 import test_batched_pca
 import test_batched_svd
 import test_covariance_add
+import test_fp8_cache
 import test_merge_attn_states
 import test_mla_decode
 import test_mla_project
@@ -41,6 +42,11 @@ def mla_decode(**cut: int) -> Callable[[str], Iterable[Tensor]]:
     return lambda arch: test_mla_decode.decode(arch, **args, **cut)[:2]
 
 
+def mla_decode_fp8() -> Callable[[str], Iterable[Tensor]]:
+    args = test_fp8_cache.quantised(test_mla_decode.make_args(seqlens=(250, 33, 7)))
+    return lambda arch: test_mla_decode.decode(arch, **args)[:2]
+
+
 def mla_project(num_tokens: int) -> Callable[[str], Iterable[Tensor]]:
     args = test_mla_project.make_args(num_tokens=num_tokens, qk_nope_head_dim=136)
     return lambda arch: test_mla_project.project(arch, args)[:2]
@@ -54,6 +60,7 @@ CASES = {
     "merge_attn_states": merge_attn_states,
     "mla_decode": mla_decode,
     "mla_decode, parts": lambda: mla_decode(split_size=64),
+    "mla_decode, fp8": mla_decode_fp8,
     "mla_project": lambda: mla_project(5),
     "mla_project, many tokens": lambda: mla_project(70),
 }

@@ -22,8 +22,12 @@ TARGETS = [("sm_80", "sm_80"), ("sm_80", "sm_86"), ("sm_80", "sm_89"), ("sm_90a"
 # Of a warp of splitkv, by its tiles of 16 rows and the number of warps: the most of any architecture, as written.
 INSTRUCTIONS_OF_A_TILE = {
     "sm80": {(1, 8): 616, (2, 8): 713, (3, 8): 974, (1, 4): 595, (2, 4): 802, (3, 4): 1030},
+    "fp8": {(1, 8): 846, (2, 8): 946, (3, 8): 1205, (1, 4): 827, (2, 4): 1050, (3, 4): 1286},
     "sm90": {(1, 8): 587, (2, 8): 690, (3, 8): 931, (1, 4): 567, (2, 4): 774, (3, 4): 991},
 }
+# Past L1, and 128 bytes at a time into L2: 64 and 16 columns of 32 tokens, 16 bytes a lane; of fp8 the scales as well.
+_COPY = "LDGSTS.E.BYPASS.LTC128B.128"
+COPIES_OF_A_TILE = {"sm80": 10 * [_COPY], "fp8": [*5 * [_COPY], "LDGSTS.E"], "sm90": []}
 
 
 @functools.cache
@@ -82,23 +86,21 @@ def test_a_tile_of_mla_decode_costs_what_it_should(ptx: str, sass: str, tmp_path
     kernels = 0
     for name, loop in main_loops(assemble("mla_decode", ptx, sass)[1], "HMMA", tmp_path):
         row_tiles, num_warps = map(int, re.findall(r"Li(\d)E", name))
-        variant = "sm90" if "splitkv_sm90" in name else "sm80"
+        (variant,) = re.findall(r"splitkv_(\w+?)_kernel", name)
         opcodes = Counter(line.split()[0].split(".")[0] for line in loop)
         # A warp's 80 columns in steps of 16 against 32 tokens, then 32 tokens against its 64 columns.
         assert opcodes["HMMA"] == row_tiles * (80 // 16 * 32 // 8 + 32 // 16 * 64 // 8)
         # Keys, values, probabilities, and the queries of the last 16 columns, twice if sums come in two parts.
         assert opcodes["LDSM"] == 80 // 16 * 2 + 64 // 16 * 2 + 2 * row_tiles + row_tiles * (2 if row_tiles == 3 else 1)
         copies = [line.split()[0] for line in loop if line.startswith("LDGSTS")]
+        assert copies == COPIES_OF_A_TILE[variant]
         if variant == "sm90":
-            assert not copies
             assert opcodes["UTMALDG"] == 4  # at most: 64 and 16 columns, twice if a page may end after 16 tokens
-        else:
-            assert copies == ["LDGSTS.E.BYPASS.LTC128B.128"] * 10  # past L1, and 128 bytes at a time into L2
         assert opcodes["BAR"] == 2
         assert not opcodes.keys() & {"LDL", "STL"}
         assert len(loop) <= 1.05 * INSTRUCTIONS_OF_A_TILE[variant][row_tiles, num_warps]
         kernels += 1
-    assert kernels == 2 * 2 * 3 * (1 if ptx == "sm_80" else 2)  # dtypes, widths, rows, with and without TMA
+    assert kernels == 2 * 2 * 3 * (2 if ptx == "sm_80" else 3)  # dtypes, widths, rows, ways to copy
 
 
 @pytest.mark.parametrize(("ptx", "sass"), TARGETS)

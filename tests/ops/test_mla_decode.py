@@ -9,6 +9,8 @@ from accuracy import assert_as_accurate, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent import NO_BLOCK, decode_args
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from transmla_ext import ops, reference
 
@@ -221,6 +223,37 @@ def test_misuse_says_what_was_expected_and_got(name: str, change: Any, message: 
     args[name] = change(args.get(name))
     with pytest.raises(RuntimeError, match="transmla::mla_decode: " + message):
         ops.mla_decode(**args)
+
+
+def test_fp8_cache_is_checked_and_for_cuda() -> None:
+    args = decode_args()
+    args["cache_scales"] = torch.ones(args["latent_cache"].shape[:2])
+    num_blocks, block_size = args["cache_scales"].shape
+    with pytest.raises(RuntimeError, match=r"latent_cache must be float8_e4m3fn .*got float32"):
+        ops.mla_decode(**args)
+    args["latent_cache"] = args["latent_cache"].to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match="transmla::mla_decode: a float8_e4m3fn latent_cache is for CUDA"):
+        ops.mla_decode(**args)
+    with pytest.raises(
+        RuntimeError, match=rf"cache_scales must be float32 \[num_blocks={num_blocks}, block_size={block_size}\]"
+    ):
+        ops.mla_decode(**{**args, "cache_scales": args["cache_scales"][1:]})
+    with pytest.raises(RuntimeError, match=r"cache_scales must be float32 .*got float64"):
+        ops.mla_decode(**{**args, "cache_scales": args["cache_scales"].double()})
+    with pytest.raises(RuntimeError, match=r"latent_cache must be float32 .*got float8_e4m3fn"):
+        ops.mla_decode(**{**args, "cache_scales": None})
+
+
+def test_compilers_are_told_of_an_fp8_cache() -> None:
+    """Not opcheck, which runs the op: the CPU has no kernel."""
+    args = decode_args(torch.bfloat16, seqlen_q=2)
+    args["cache_scales"] = torch.ones(args["latent_cache"].shape[:2])
+    args["latent_cache"] = args["latent_cache"].to(torch.float8_e4m3fn)
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in args.items()}
+        out, lse = ops.mla_decode(**fakes)
+    assert (out.shape, out.dtype) == ((6, 2, 3, 48), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((6, 3, 2), torch.float32)
 
 
 def test_opcheck() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, to_double
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from transmla_ext import ops, reference
 
@@ -255,6 +256,30 @@ def test_misuse_says_what_was_expected_and_got(name: str, change: Any, message: 
     args[name] = change(args[name])
     with pytest.raises(RuntimeError, match="transmla::mla_project: " + message):
         ops.mla_project(**args)
+
+
+def test_fp8_cache_is_for_cuda() -> None:
+    args = make_args()
+    args["cache_scales"] = torch.ones(args["latent_cache"].shape[:2])
+    with pytest.raises(RuntimeError, match=r"latent_cache must be float8_e4m3fn .*got float32"):
+        ops.mla_project(**args)
+    args["latent_cache"] = args["latent_cache"].to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match="transmla::mla_project: a float8_e4m3fn latent_cache is for CUDA"):
+        ops.mla_project(**args)
+    with pytest.raises(RuntimeError, match=r"cache_scales must be float32 .*got float64"):
+        ops.mla_project(**{**args, "cache_scales": args["cache_scales"].double()})
+
+
+def test_compilers_are_told_of_an_fp8_cache() -> None:
+    """Not opcheck, which runs the op: the CPU has no kernel."""
+    arguments = torch.ops.transmla.mla_project.default._schema.arguments
+    assert {argument.name for argument in arguments if argument.is_write} == {"latent_cache", "cache_scales"}
+    args = make_args(torch.bfloat16)
+    args["latent_cache"] = args["latent_cache"].to(torch.float8_e4m3fn)
+    args["cache_scales"] = torch.ones(args["latent_cache"].shape[:2])
+    with FakeTensorMode() as mode:
+        q = ops.mla_project(**{name: mode.from_tensor(value) for name, value in args.items()})
+    assert (q.shape, q.dtype) == ((5, 3, 64), torch.bfloat16)
 
 
 def test_opcheck() -> None:

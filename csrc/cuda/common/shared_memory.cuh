@@ -24,6 +24,13 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
                : "memory");
 }
 
+// A float, or zero if not `valid`.
+__device__ __forceinline__ void copy_float_async(uint32_t to, const float* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -1,5 +1,5 @@
 // Absorbed MLA decode for whatever splitkv does not take: fp32, any kv_lora_rank,
-// qk_rope_head_dim, block_size and strides. Simple first.
+// qk_rope_head_dim, block_size and strides, of fp8 too. Simple first.
 #pragma once
 
 #include "cuda/common/dtype.cuh"
@@ -8,8 +8,8 @@
 namespace transmla {
 
 // One block attends one row (token, head) to one part, a tile of tokens at a time.
-template <class T>
-__global__ void __launch_bounds__(kGeneralThreads)
+template <class T, class Cached>
+__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocksPerSm)
     mla_decode_general_kernel(const __grid_constant__ MlaDecodeParams p,
                               const __grid_constant__ MlaDecodePlan plan) {
   extern __shared__ float shared_floats[];
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   float* q = shared_floats;            // [dim]
   float* sums = q + dim;               // [rank]
   float* probabilities = sums + rank;  // [kTileTokens], scores at first
+  const float scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2E;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = blockIdx.x % plan.num_row_blocks;
 
@@ -30,9 +31,17 @@ __global__ void __launch_bounds__(kGeneralThreads)
                      row / num_heads * p.q_stride_token + row % num_heads * p.q_stride_head;
     const int32_t* blocks = p.block_table + piece.batch * p.block_table_stride;
     const auto cached = [&](int token) {
-      return static_cast<const T*>(p.latent_cache) +
+      return static_cast<const Cached*>(p.latent_cache) +
              blocks[token / block_size] * p.cache_stride_block +
              token % block_size * p.cache_stride_token;
+    };
+    const auto scale_of = [&](int token) {
+      if constexpr (std::is_same_v<Cached, T>) {
+        return 1.f;
+      } else {
+        const index_t block = blocks[token / block_size];
+        return p.cache_scales[block * p.scales_stride_block + token % block_size];
+      }
     };
     for (int i = threadIdx.x; i < dim; i += kGeneralThreads) q[i] = to_float(q_row[i]);
     for (int i = threadIdx.x; i < rank; i += kGeneralThreads) sums[i] = 0;
@@ -46,15 +55,19 @@ __global__ void __launch_bounds__(kGeneralThreads)
       const int end = min(seen_end, (tile + 1) * kTileTokens);
       if (begin >= end) continue;
       for (int token = begin + warp; token < end; token += kGeneralThreads / 32) {
-        const T* key = cached(token);
+        const Cached* key = cached(token);
         float score = 0;
         for (int i = lane; i < dim; i += 32) score += q[i] * to_float(key[i]);
-        score = warp_sum(score) * p.softmax_scale;
-        if (p.softcap > 0) score = p.softcap * tanhf(score / p.softcap);
-        if (lane == 0) probabilities[token - begin] = score * kLog2E;
+        score = warp_sum(score);
+        if (lane == 0) probabilities[token - begin] = score;
       }
       __syncthreads();
-      const float score = lane < end - begin ? probabilities[lane] : -INFINITY;
+      float score = -INFINITY, token_scale = 0;
+      if (lane < end - begin) {
+        token_scale = scale_of(begin + lane);
+        score = probabilities[lane] * token_scale * scale;
+        if (p.softcap > 0) score = tanhf(score) * (p.softcap * kLog2E);
+      }
       const float old_top = top;
       top = fmaxf(top, warp_max(score));
       // All scores may be -inf: then nothing is shifted, as -inf - -inf is NaN.
@@ -63,7 +76,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
       const float correction = exp2f(old_top - shift);
       total = total * correction + warp_sum(probability);
       __syncthreads();
-      if (warp == 0) probabilities[lane] = probability;
+      if (warp == 0) probabilities[lane] = probability * token_scale;
       __syncthreads();
       for (int i = threadIdx.x; i < rank; i += kGeneralThreads) {
         float sum = sums[i] * correction;
@@ -75,18 +88,18 @@ __global__ void __launch_bounds__(kGeneralThreads)
       __syncthreads();
     }
 
-    const float scale = total == 0 ? 0 : 1 / total;
+    const float inverse = total == 0 ? 0 : 1 / total;
     const index_t num_rows = p.seqlen_q * p.num_heads;
     const float lse = lse_of(top, total);
     if (piece.slot < 0) {
       T* out = static_cast<T*>(p.out) + (piece.batch * num_rows + row) * rank;
-      for (int i = threadIdx.x; i < rank; i += kGeneralThreads) assign(out[i], sums[i] * scale);
+      for (int i = threadIdx.x; i < rank; i += kGeneralThreads) assign(out[i], sums[i] * inverse);
       if (threadIdx.x == 0) p.lse[lse_index(p, piece.batch, row)] = lse * kLn2;
     } else {
       const PartResults parts(p, plan);
       const index_t index = piece.slot * num_rows + row;
       for (int i = threadIdx.x; i < rank; i += kGeneralThreads) {
-        parts.out[index * rank + i] = sums[i] * scale;
+        parts.out[index * rank + i] = sums[i] * inverse;
       }
       if (threadIdx.x == 0) parts.lse[index] = lse;
     }

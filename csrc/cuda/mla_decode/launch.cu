@@ -39,6 +39,9 @@ bool is_compiled_for_sm90(Kernel kernel) {
 
 template <class T, int kRowTiles, int kWarps>
 void launch_splitkv(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStream_t stream) {
+  if (p.cache_scales != nullptr) {
+    return launch(mla_decode_splitkv_fp8_kernel<T, kRowTiles, kWarps>, p, plan, stream);
+  }
   const auto sm90 = mla_decode_splitkv_sm90_kernel<T, kRowTiles, kWarps>;
   const index_t rows = (p.num_blocks - 1) * plan.rows_of_block + p.block_size;
   const index_t columns = p.kv_lora_rank + p.qk_rope_head_dim;
@@ -84,10 +87,12 @@ bool launch_wgmma(const MlaDecodeParams& p, const MlaDecodePlan& plan, cudaStrea
 template <class T>
 cudaError_t launch_kernels(const MlaDecodeParams& p, const MlaDecodePlan& plan,
                            cudaStream_t stream) {
-  if constexpr (std::is_same_v<T, float>) {
-    launch(mla_decode_general_kernel<T>, p, plan, stream);
+  if (plan.rows == 1 && p.cache_scales != nullptr) {
+    launch(mla_decode_general_kernel<T, fp8>, p, plan, stream);
+  } else if constexpr (std::is_same_v<T, float>) {
+    launch(mla_decode_general_kernel<T, T>, p, plan, stream);
   } else if (plan.rows == 1) {
-    launch(mla_decode_general_kernel<T>, p, plan, stream);
+    launch(mla_decode_general_kernel<T, T>, p, plan, stream);
   } else if (plan.rows == kWgmmaRows) {
     if (!launch_wgmma<T>(p, plan, stream)) return cudaErrorInsufficientDriver;
   } else if (plan.num_warps == 8) {

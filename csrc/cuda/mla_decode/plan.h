@@ -38,6 +38,10 @@ constexpr int splitkv_shared_bytes(int rows, int num_warps) {
          num_warps * kMaxStages * 8;
 }
 constexpr int splitkv_stage_bytes(int num_warps) { return kTileTokens * 2 * (num_warps * 64 + 64); }
+// splitkv_fp8 has stages of codes and scales, and one of 16-bit numbers, for the tile in work.
+constexpr int splitkv_fp8_stage_bytes(int num_warps) {
+  return splitkv_stage_bytes(num_warps) / 2 + kTileTokens * 4;
+}
 
 // wgmma_sm90: the rows of q, two tiles of as many tokens, a kilobyte of results for each of eight
 // warps, and the barriers of the tiles.
@@ -45,7 +49,7 @@ constexpr int kWgmmaRows = 64, kWgmmaStages = 2, kWgmmaWarps = 12;
 constexpr int kWgmmaSharedBytes =
     (1 + kWgmmaStages) * kWgmmaRows * 576 * 2 + 8 * 1024 + kWgmmaStages * 16;
 
-constexpr int kGeneralThreads = 128;
+constexpr int kGeneralThreads = 128, kGeneralBlocksPerSm = 8;
 constexpr index_t kSharedMemoryOfAll = 99 << 10;  // bytes of a block on every GPU since sm_80
 constexpr index_t general_shared_bytes(const MlaDecodeParams& p) {
   return (2 * p.kv_lora_rank + p.qk_rope_head_dim + kTileTokens) * 4;
@@ -64,22 +68,26 @@ inline bool is_aligned(const void* pointer) {
 // A warp for every 64 columns, which lie in whole 16-byte chunks.
 inline bool splitkv_takes(const MlaDecodeParams& p) {
   const index_t dim = p.kv_lora_rank + p.qk_rope_head_dim;
-  const index_t strides = p.q_stride_batch | p.q_stride_token | p.q_stride_head |
-                          p.cache_stride_block | p.cache_stride_token;
-  // Offsets of pages are 32-bit numbers of chunks, those within a page 32-bit numbers of elements.
-  const bool offsets_fit =
-      p.num_blocks * p.cache_stride_block < index_t{1} << 35 && p.cache_stride_token < 1 << 26;
+  const index_t q_strides = p.q_stride_batch | p.q_stride_token | p.q_stride_head;
+  const index_t cache_strides = p.cache_stride_block | p.cache_stride_token;
+  const index_t cached_chunk = p.cache_scales ? 16 : 8;
+  // Offsets of pages are 32-bit numbers of chunks, and of scales, those within a page 32-bit
+  // numbers of elements.
+  const bool offsets_fit = p.num_blocks * p.cache_stride_block < index_t{1} << 35 &&
+                           p.cache_stride_token < 1 << 26 &&
+                           p.num_blocks * p.scales_stride_block < index_t{1} << 31;
   return p.dtype != DType::kFloat32 && (dim == 576 || dim == 320) && p.kv_lora_rank % 64 == 0 &&
-         p.qk_rope_head_dim >= 64 && p.block_size % 16 == 0 && strides % 8 == 0 &&
-         is_aligned(p.q) && is_aligned(p.latent_cache) && is_aligned(p.out) && offsets_fit;
+         p.qk_rope_head_dim >= 64 && p.block_size % 16 == 0 && q_strides % 8 == 0 &&
+         cache_strides % cached_chunk == 0 && is_aligned(p.q) && is_aligned(p.latent_cache) &&
+         is_aligned(p.out) && offsets_fit;
 }
 
 // As few blocks as the shared memory allows: each reads its sequences' whole cache.
-inline int splitkv_rows(index_t num_rows, int num_warps, const DeviceLimits& device) {
+inline int splitkv_rows(index_t num_rows, int num_warps, int ring_bytes,
+                        const DeviceLimits& device) {
   int best = 16;
   for (int rows : {32, 48}) {
-    const bool fits = splitkv_shared_bytes(rows, num_warps) + 2 * splitkv_stage_bytes(num_warps) <=
-                      device.shared_memory;
+    const bool fits = splitkv_shared_bytes(rows, num_warps) + ring_bytes <= device.shared_memory;
     if (fits && ceil_div(num_rows, rows) < ceil_div(num_rows, best)) best = rows;
   }
   return best;
@@ -87,8 +95,8 @@ inline int splitkv_rows(index_t num_rows, int num_warps, const DeviceLimits& dev
 
 // From where splitkv takes two blocks for the rows, which read the cache twice, on.
 inline bool wgmma_takes(const MlaDecodeParams& p, const DeviceLimits& device) {
-  return device.has_wgmma && p.seqlen_q * p.num_heads > 48 && p.kv_lora_rank == 512 &&
-         p.qk_rope_head_dim == 64 && p.num_blocks > 0 && splitkv_takes(p);
+  return device.has_wgmma && !p.cache_scales && p.seqlen_q * p.num_heads > 48 &&
+         p.kv_lora_rank == 512 && p.qk_rope_head_dim == 64 && p.num_blocks > 0 && splitkv_takes(p);
 }
 
 }  // namespace plan_detail
@@ -105,9 +113,11 @@ inline MlaDecodePlan make_mla_decode_plan(const MlaDecodeParams& p, const Device
     plan.shared_memory = kWgmmaSharedBytes;
   } else if (splitkv_takes(p)) {
     plan.num_warps = p.kv_lora_rank + p.qk_rope_head_dim == 576 ? 8 : 4;
-    plan.rows = splitkv_rows(num_rows, plan.num_warps, device);
-    const int fixed = splitkv_shared_bytes(plan.rows, plan.num_warps);
-    const int stage = splitkv_stage_bytes(plan.num_warps);
+    const int widened = p.cache_scales ? splitkv_stage_bytes(plan.num_warps) : 0;
+    const int stage = p.cache_scales ? splitkv_fp8_stage_bytes(plan.num_warps)
+                                     : splitkv_stage_bytes(plan.num_warps);
+    plan.rows = splitkv_rows(num_rows, plan.num_warps, widened + 2 * stage, device);
+    const int fixed = splitkv_shared_bytes(plan.rows, plan.num_warps) + widened;
     int budget = device.shared_memory;
     // Four warps are one for a scheduler: a second block works while it waits. 1 KB of an SM's
     // shared memory goes to the system for each block.
@@ -120,12 +130,12 @@ inline MlaDecodePlan make_mla_decode_plan(const MlaDecodeParams& p, const Device
     plan.num_stages = most < kMaxStages ? most : kMaxStages;
     plan.shared_memory = fixed + plan.num_stages * stage;
     plan.box_tokens = p.block_size % kTileTokens == 0 ? kTileTokens : 16;
-    if (device.has_tma && p.cache_stride_block % p.cache_stride_token == 0) {
+    if (device.has_tma && !p.cache_scales && p.cache_stride_block % p.cache_stride_token == 0) {
       plan.rows_of_block = static_cast<int>(p.cache_stride_block / p.cache_stride_token);
       plan.use_tma = p.num_blocks * plan.rows_of_block < index_t{1} << 31;
     }
   } else {
-    blocks_per_sm = 8;
+    blocks_per_sm = kGeneralBlocksPerSm;
     plan.rows = 1;
     plan.num_warps = kGeneralThreads / 32;
     plan.shared_memory = static_cast<int>(general_shared_bytes(p));

@@ -27,7 +27,6 @@ class SplitKv {
  public:
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kStageBytes = splitkv_stage_bytes(kWarps);
 
   // Follows the ring, whose slices have to be aligned more.
   struct Shared {
@@ -44,7 +43,8 @@ class SplitKv {
   static_assert(sizeof(float) * kScorePitch >= kSliceBytes);
 
   __device__ static Shared& shared_after(char* ring, const MlaDecodePlan& plan) {
-    return *reinterpret_cast<Shared*>(ring + plan.num_stages * kStageBytes);
+    return *reinterpret_cast<Shared*>(ring + Tiles::kWidenedBytes +
+                                      plan.num_stages * Tiles::kStageBytes);
   }
 
   __device__ SplitKv(const MlaDecodeParams& p, const MlaDecodePlan& plan, Shared& shared,
@@ -247,7 +247,9 @@ class SplitKv {
                                                              row * kScorePitch + column);
         sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
       }
-      float x[4] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
+      const float4 tokens = tiles_.scales(column);
+      float x[4] = {sum.x * tokens.x * scale, sum.y * tokens.y * scale, sum.z * tokens.z * scale,
+                    sum.w * tokens.w * scale};
       if (has_softcap) {
 #pragma unroll
         for (float& score : x) score = tanh_fast(score) * (p_.softcap * kLog2E);
@@ -273,7 +275,8 @@ class SplitKv {
       total_[round] = total_[round] * correction + ((x[0] + x[1]) + (x[2] + x[3]));
       *reinterpret_cast<uint2*>(shared_.probabilities + swizzle<kTileTokens * 2>(row, column / 8) +
                                 column % 8 * 2) =
-          make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
+          make_uint2(pack<T>(x[0] * tokens.x, x[1] * tokens.y),
+                     pack<T>(x[2] * tokens.z, x[3] * tokens.w));
       if (column == 0) {
         shared_.correction[row] = correction;
         shared_.top[row] = top;
@@ -409,11 +412,9 @@ class SplitKv {
 };
 
 // One block attends one block of rows to one part; see Pieces for what a part is.
-template <class T, int kRowTiles, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
-    mla_decode_splitkv_sm80_kernel(const __grid_constant__ MlaDecodeParams p,
-                                   const __grid_constant__ MlaDecodePlan plan) {
-  using Tiles = TilesSm80<T, kWarps>;
+template <class T, int kRowTiles, int kWarps, class Tiles>
+__device__ __forceinline__ void attend_by_cp_async(const MlaDecodeParams& p,
+                                                   const MlaDecodePlan& plan) {
   using Block = SplitKv<T, kRowTiles, kWarps, Tiles>;
   extern __shared__ __align__(1024) char ring[];
   auto& shared = Block::shared_after(ring, plan);
@@ -422,6 +423,20 @@ __global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
   Block(p, plan, shared, blockIdx.x % plan.num_row_blocks, warp, lane,
         Tiles(p, plan, ring, warp, lane))
       .run();
+}
+
+template <class T, int kRowTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
+    mla_decode_splitkv_sm80_kernel(const __grid_constant__ MlaDecodeParams p,
+                                   const __grid_constant__ MlaDecodePlan plan) {
+  attend_by_cp_async<T, kRowTiles, kWarps, TilesSm80<T, kWarps>>(p, plan);
+}
+
+template <class T, int kRowTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 8 / kWarps)
+    mla_decode_splitkv_fp8_kernel(const __grid_constant__ MlaDecodeParams p,
+                                  const __grid_constant__ MlaDecodePlan plan) {
+  attend_by_cp_async<T, kRowTiles, kWarps, TilesFp8<T, kWarps>>(p, plan);
 }
 
 template <class T, int kRowTiles, int kWarps>

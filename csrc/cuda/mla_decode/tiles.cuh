@@ -33,6 +33,8 @@ class Ring {
     const int stage = stage_ + ahead;
     return stage >= plan_.num_stages ? stage - plan_.num_stages : stage;
   }
+  // What the numbers of four tokens, from `column` of the tile on, have to be multiplied by.
+  __device__ static float4 scales(int) { return {1, 1, 1, 1}; }
   __device__ uint32_t slice(int stage) const { return slices_ + stage * stage_bytes_; }
   __device__ uint32_t tail(int stage) const { return tails_ + stage * stage_bytes_; }
 
@@ -65,14 +67,31 @@ class Ring {
   int pages_, next_pages_;  // of the tile that is copied next
 };
 
-// Sixteen bytes a lane and copy. A tile past the piece's end is an empty group of copies: `wait`
-// counts groups.
-template <class T, int kWarps>
-class TilesSm80 : public Ring {
+// By cp.async. A tile past the piece's end is an empty group of copies: `wait` counts groups.
+class RingOfCopies : public Ring {
  public:
+  using Ring::Ring;
+
+  // For the copies of this thread from before start().
+  __device__ void wait_for_older() const { wait_for_copies(plan_.num_stages - 1); }
+
+  __device__ void wait(int) const { wait_for_copies(plan_.num_stages - 2); }
+
+  __device__ void advance() { stage_ = stage(1); }
+
+  // After other writes to a stage.
+  __device__ void fence() const {}
+};
+
+// Sixteen bytes a lane and copy.
+template <class T, int kWarps>
+class TilesSm80 : public RingOfCopies {
+ public:
+  static constexpr int kStageBytes = splitkv_stage_bytes(kWarps), kWidenedBytes = 0;
+
   __device__ TilesSm80(const MlaDecodeParams& p, const MlaDecodePlan& plan, const char* shared,
                        int warp, int lane)
-      : Ring(p, plan, kWarps, shared, warp, lane) {}
+      : RingOfCopies(p, plan, kWarps, shared, warp, lane) {}
 
   __device__ void start(const Piece& piece) {
     piece_ = piece;
@@ -80,11 +99,6 @@ class TilesSm80 : public Ring {
     next_pages_ = find_pages(piece.tiles.begin / kTilesOfPages + 1);
     for (int i = 0; i < plan_.num_stages - 1; ++i) copy(piece.tiles.begin + i, stage(i));
   }
-
-  // For the copies of this thread from before start().
-  __device__ void wait_for_older() const { wait_for_copies(plan_.num_stages - 1); }
-
-  __device__ void wait(int) const { wait_for_copies(plan_.num_stages - 2); }
 
   __device__ void copy(int tile, int stage) {
     if (tile < piece_.tiles.end) {
@@ -117,11 +131,6 @@ class TilesSm80 : public Ring {
     commit_copies();
   }
 
-  __device__ void advance() { stage_ = stage(1); }
-
-  // After other writes to a stage.
-  __device__ void fence() const {}
-
  private:
   static constexpr int kColumns = kWarps * kSliceColumns;  // the tail follows
 
@@ -134,10 +143,131 @@ class TilesSm80 : public Ring {
   }
 };
 
+// A cache of fp8: a stage holds codes as they come, and after them their tokens' scales, which warp
+// 0 copies. A warp widens its slice of the tile in work into a place that all stages share.
+template <class T, int kWarps>
+class TilesFp8 : public RingOfCopies {
+ public:
+  static constexpr int kStageBytes = splitkv_fp8_stage_bytes(kWarps);
+  static constexpr int kWidenedBytes = splitkv_stage_bytes(kWarps);  // before the stages
+
+  __device__ TilesFp8(const MlaDecodeParams& p, const MlaDecodePlan& plan, const char* shared,
+                      int warp, int lane)
+      : RingOfCopies(p, plan, kWarps, shared, warp, lane),
+        codes_(shared_address(shared) + kWidenedBytes) {}
+
+  __device__ void start(const Piece& piece) {
+    piece_ = piece;
+    find_pages(piece.tiles.begin / kTilesOfPages, &pages_, &scale_pages_);
+    find_pages(piece.tiles.begin / kTilesOfPages + 1, &next_pages_, &next_scale_pages_);
+    for (int i = 0; i < plan_.num_stages - 1; ++i) copy(piece.tiles.begin + i, stage(i));
+  }
+
+  __device__ void wait(int tile) const {
+    RingOfCopies::wait(tile);
+    // Also: every lane is done with the widened tile before.
+    __syncwarp();
+    const uint32_t codes = codes_ + stage_ * kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kTileTokens / 4; ++i) {
+      widen_chunk<kSliceBytes>(codes + slice_codes(), slices_, lane_ / 8 + 4 * i, lane_ % 8);
+    }
+    if (has_tail_) {
+#pragma unroll
+      for (int i = 0; i < kTileTokens / 16; ++i) {
+        widen_chunk<kTailBytes>(codes + tail_codes(), tails_, lane_ / 2 + 16 * i, lane_ % 2);
+      }
+    }
+  }
+
+  __device__ void copy(int tile, int stage) {
+    if (tile < piece_.tiles.end) {
+      const int stride = static_cast<int>(p_.cache_stride_token);
+      const uint32_t to = codes_ + stage * kStageBytes;
+      const auto codes_of = [&](int row) {
+        const auto chunk =
+            static_cast<uint32_t>(__shfl_sync(kAllLanes, pages_, tile * 2 + row / 16));
+        return static_cast<const char*>(p_.latent_cache) + index_t{chunk} * 16 + row % 16 * stride;
+      };
+      const int token = tile * kTileTokens;
+#pragma unroll
+      for (int i = 0; i < kTileTokens / 8; ++i) {
+        const int row = lane_ / 4 + 8 * i;
+        copy_async(to + slice_codes() + row * kSliceColumns + lane_ % 4 * 16,
+                   codes_of(row) + warp_ * kSliceColumns + lane_ % 4 * 16, is_visible(token + row));
+      }
+      if (has_tail_) {
+        copy_async(to + tail_codes() + lane_ * kTailColumns,
+                   codes_of(lane_) + kColumns + warp_ * kTailColumns, is_visible(token + lane_));
+      }
+      if (warp_ == 0) {
+        const int first = __shfl_sync(kAllLanes, scale_pages_, tile * 2 + lane_ / 16);
+        copy_float_async(to + kCodeBytes + lane_ * 4, p_.cache_scales + first + lane_ % 16,
+                         is_visible(token + lane_));
+      }
+      if (tile % kTilesOfPages == kTilesOfPages - 1) {
+        pages_ = next_pages_;
+        scale_pages_ = next_scale_pages_;
+        find_pages(tile / kTilesOfPages + 2, &next_pages_, &next_scale_pages_);
+      }
+    }
+    commit_copies();
+  }
+
+  // Of whichever tile is in work.
+  __device__ uint32_t slice(int) const { return hidden(slices_); }
+  __device__ uint32_t tail(int) const { return hidden(tails_); }
+
+  // After a barrier since wait(). Times 2^8, which widen() has divided by.
+  __device__ float4 scales(int column) const {
+    const auto x = *static_cast<const float4*>(
+        __cvta_shared_to_generic(codes_ + stage_ * kStageBytes + kCodeBytes + column * 4));
+    return {x.x * 256, x.y * 256, x.z * 256, x.w * 256};
+  }
+
+ private:
+  static constexpr int kColumns = kWarps * kSliceColumns;  // the tail follows
+  static constexpr int kCodeBytes = kTileTokens * (kColumns + kTailWarps * kTailColumns);
+  static_assert(kStageBytes == kCodeBytes + kTileTokens * sizeof(float));
+
+  // Where this warp's codes lie in a stage.
+  __device__ int slice_codes() const { return warp_ * kTileTokens * kSliceColumns; }
+  __device__ int tail_codes() const { return kTileTokens * (kColumns + warp_ * kTailColumns); }
+
+  // nvcc 13.0 does not come to an end where it sees that an address is the same for every tile.
+  __device__ static uint32_t hidden(uint32_t address) {
+    asm volatile("" : "+r"(address));
+    return address;
+  }
+
+  template <int kRowBytes>
+  __device__ static void widen_chunk(uint32_t codes, uint32_t to, int row, int chunk) {
+    const auto from = *static_cast<const uint2*>(
+        __cvta_shared_to_generic(codes + row * kRowBytes / 2 + chunk * 8));
+    *static_cast<uint4*>(__cvta_shared_to_generic(to + swizzle<kRowBytes>(row, chunk))) =
+        widen<T>(from);
+  }
+
+  // In 16-byte chunks of the cache, and in scales.
+  __device__ void find_pages(int group, int* page, int* scale_page) const {
+    index_t block;
+    int row;
+    *page = *scale_page = 0;
+    if (!find_page(group, 16, &block, &row)) return;
+    *page = static_cast<int>((block * p_.cache_stride_block + row * p_.cache_stride_token) / 16);
+    *scale_page = static_cast<int>(block * p_.scales_stride_block + row);
+  }
+
+  const uint32_t codes_;                // of stage 0
+  int scale_pages_, next_scale_pages_;  // as pages_, next_pages_
+};
+
 // Boxes of 16 or 32 tokens, as many as a page is sure to hold in a row; one lane asks for them.
 template <int kWarps>
 class TilesSm90 : public Ring {
  public:
+  static constexpr int kStageBytes = splitkv_stage_bytes(kWarps), kWidenedBytes = 0;
+
   // `slices` and `tails` are the cache as a matrix of tokens, in boxes for slice() and tail().
   __device__ TilesSm90(const MlaDecodeParams& p, const MlaDecodePlan& plan, const char* shared,
                        int warp, int lane, uint64_t* barriers, const CUtensorMap* slices,

@@ -23,10 +23,10 @@ struct ProjectGrid {
   unsigned absorb, rotate, append;
 };
 
-// A warp normalizes one row; `out` may be `x`. Rounds to T before the weight, as the models were
-// trained.
-template <class T, int kSize>
-__device__ void normalize(const T* x, const T* weight, index_t n, float eps, T* out) {
+// A warp normalizes one row; write(i, numbers) takes what belongs from i on, and may write it over
+// x. Rounds to T before the weight, as the models were trained.
+template <class T, int kSize, class Write>
+__device__ void normalize(const T* x, const T* weight, index_t n, float eps, const Write& write) {
   const index_t first = threadIdx.x % kWarpSize * kSize;
   float squares = 0;
   float numbers[kSize];
@@ -46,21 +46,22 @@ __device__ void normalize(const T* x, const T* weight, index_t n, float eps, T* 
       assign(rounded, numbers[k] * scale);
       numbers[k] = to_float(rounded) * weights[k];
     }
-    store(out + i, numbers);
+    write(i, numbers);
   }
 }
 
 // Turns kSize / 2 pairs (even, odd) into (even cos - odd sin, odd cos + even sin); one pair, whose
 // numbers need no alignment, if kSize is 1. cos_sin holds the cosines of dim / 2 pairs, then their
 // sines.
-template <class T, int kSize>
+template <class T, int kSize, class Write>
 __device__ __forceinline__ void rotate(const T* x, const float* cos_sin, index_t pair, index_t dim,
-                                       T* out) {
+                                       const Write& write) {
   if constexpr (kSize == 1) {
     const float even = to_float(x[2 * pair]), odd = to_float(x[2 * pair + 1]);
     const float cosine = cos_sin[pair], sine = cos_sin[dim / 2 + pair];
-    assign(out[2 * pair], even * cosine - odd * sine);
-    assign(out[2 * pair + 1], odd * cosine + even * sine);
+    const float first[] = {even * cosine - odd * sine}, second[] = {odd * cosine + even * sine};
+    write(2 * pair, first);
+    write(2 * pair + 1, second);
   } else {
     float numbers[kSize], cosines[kSize / 2], sines[kSize / 2];
     load(numbers, x + 2 * pair);
@@ -72,7 +73,7 @@ __device__ __forceinline__ void rotate(const T* x, const float* cos_sin, index_t
       numbers[2 * k] = even * cosines[k] - odd * sines[k];
       numbers[2 * k + 1] = odd * cosines[k] + even * sines[k];
     }
-    store(out + 2 * pair, numbers);
+    write(2 * pair, numbers);
   }
 }
 
@@ -89,7 +90,31 @@ __device__ void rotate_queries(const MlaProjectParams& p, index_t thread) {
                     row * (p.qk_nope_head_dim + p.qk_rope_head_dim) + p.qk_nope_head_dim;
   T* q = static_cast<T*>(p.q) + row * (p.kv_lora_rank + p.qk_rope_head_dim) + p.kv_lora_rank;
   const float* cos_sin = p.cos_sin + p.positions[row / p.num_heads] * p.qk_rope_head_dim;
-  rotate<T, kSize>(q_proj, cos_sin, thread % steps * kPairs<T, kSize>, p.qk_rope_head_dim, q);
+  rotate<T, kSize>(q_proj, cos_sin, thread % steps * kPairs<T, kSize>, p.qk_rope_head_dim,
+                   [&](index_t i, const auto& numbers) { store(q + i, numbers); });
+}
+
+// A warp makes what the cache is to hold of a token; write(i, numbers) takes it from column i on.
+template <class T, int kSize, class Write>
+__device__ void make_row(const MlaProjectParams& p, index_t token, const Write& write) {
+  const index_t lane = threadIdx.x % kWarpSize;
+  const index_t rank = p.kv_lora_rank;
+  const T* latent = static_cast<const T*>(p.kv_a_proj) + token * (rank + p.qk_rope_head_dim);
+  if (p.kv_norm) {
+    normalize<T, kSize>(latent, static_cast<const T*>(p.kv_norm), rank, p.norm_eps, write);
+  } else {
+    for (index_t i = lane * kSize; i < rank; i += kWarpSize * kSize) {
+      float numbers[kSize];
+      load(numbers, latent + i);
+      write(i, numbers);
+    }
+  }
+  const float* cos_sin = p.cos_sin + p.positions[token] * p.qk_rope_head_dim;
+  for (index_t pair = lane * kPairs<T, kSize>; pair < p.qk_rope_head_dim / 2;
+       pair += kWarpSize * kPairs<T, kSize>) {
+    rotate<T, kSize>(latent + rank, cos_sin, pair, p.qk_rope_head_dim,
+                     [&](index_t i, const auto& numbers) { write(rank + i, numbers); });
+  }
 }
 
 // A warp appends one token.
@@ -98,24 +123,28 @@ __device__ void append(const MlaProjectParams& p, index_t token) {
   if (token >= p.num_tokens) return;
   const index_t slot = p.slot_mapping[token];
   if (slot < 0) return;
-  const index_t lane = threadIdx.x % kWarpSize;
-  const index_t rank = p.kv_lora_rank;
-  const T* latent = static_cast<const T*>(p.kv_a_proj) + token * (rank + p.qk_rope_head_dim);
-  T* cached = static_cast<T*>(p.latent_cache) + slot / p.block_size * p.cache_stride_block +
-              slot % p.block_size * p.cache_stride_token;
-  if (p.kv_norm) {
-    normalize<T, kSize>(latent, static_cast<const T*>(p.kv_norm), rank, p.norm_eps, cached);
-  } else {
-    for (index_t i = lane * kSize; i < rank; i += kWarpSize * kSize) {
-      *reinterpret_cast<Pack<T, kSize>*>(cached + i) =
-          *reinterpret_cast<const Pack<T, kSize>*>(latent + i);
-    }
+  const index_t block = slot / p.block_size, offset = slot % p.block_size;
+  const index_t first = block * p.cache_stride_block + offset * p.cache_stride_token;
+  if (p.cache_scales == nullptr) {
+    T* cached = static_cast<T*>(p.latent_cache) + first;
+    make_row<T, kSize>(p, token,
+                       [&](index_t i, const auto& numbers) { store(cached + i, numbers); });
+    return;
   }
-  const float* cos_sin = p.cos_sin + p.positions[token] * p.qk_rope_head_dim;
-  for (index_t pair = lane * kPairs<T, kSize>; pair < p.qk_rope_head_dim / 2;
-       pair += kWarpSize * kPairs<T, kSize>) {
-    rotate<T, kSize>(latent + rank, cos_sin, pair, p.qk_rope_head_dim, cached + rank);
-  }
+  // Made twice: how many numbers a lane would have to keep is known to the caller alone.
+  unsigned largest = 0;  // of the bits: nothing is larger than those of NaN
+  make_row<T, kSize>(p, token, [&](index_t, const auto& numbers) {
+    for (float number : numbers) largest = max(largest, __float_as_uint(fabsf(number)));
+  });
+  const float scale = scale_of_fp8(__uint_as_float(__reduce_max_sync(kAllLanes, largest)));
+  const float inverse = 1 / scale;
+  fp8* cached = static_cast<fp8*>(p.latent_cache) + first;
+  make_row<T, kSize>(p, token, [&](index_t i, const auto& numbers) {
+    float scaled[sizeof(numbers) / sizeof(float)];
+    for (int k = 0; k < sizeof(numbers) / sizeof(float); ++k) scaled[k] = numbers[k] * inverse;
+    store(cached + i, scaled);
+  });
+  if (threadIdx.x % kWarpSize == 0) p.cache_scales[block * p.scales_stride_block + offset] = scale;
 }
 
 template <class T, int kSize>
@@ -288,8 +317,10 @@ __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
   const index_t row = static_cast<index_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   if (row >= p.num_rows) return;
+  T* out = static_cast<T*>(p.out) + row * p.dim;
   normalize<T, kSize>(static_cast<const T*>(p.x) + row * p.dim, static_cast<const T*>(p.weight),
-                      p.dim, p.eps, static_cast<T*>(p.out) + row * p.dim);
+                      p.dim, p.eps,
+                      [&](index_t i, const auto& numbers) { store(out + i, numbers); });
 }
 
 }  // namespace

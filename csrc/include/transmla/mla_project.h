@@ -13,15 +13,17 @@ struct MlaProjectParams {
   const float* cos_sin;         // [max_position, qk_rope_head_dim], contiguous: cosines, then sines
   const int64_t* positions;     // [num_tokens], rows of cos_sin
   const int64_t* slot_mapping;  // [num_tokens], block * block_size + offset; negative: not stored
-  void* q;             // [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], contiguous
-  void* latent_cache;  // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
-  DType dtype;         // of every tensor whose type is void
+  void* q;              // [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], contiguous
+  void* latent_cache;   // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
+  float* cache_scales;  // [num_blocks, block_size], dense rows, and latent_cache is float8_e4m3fn,
+                        // a token's numbers over its scale; or nullptr
+  DType dtype;          // of every tensor whose type is void, but for such a cache
 
   index_t num_tokens, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim;
   index_t num_blocks, block_size, max_position;
   // Strides in elements: a slice of kv_b_proj.weight is used in place.
   index_t w_uk_stride_head, w_uk_stride_row;
-  index_t cache_stride_block, cache_stride_token;
+  index_t cache_stride_block, cache_stride_token, scales_stride_block;
 
   float norm_eps;  // added to the mean square of the latent
 };
@@ -38,6 +40,9 @@ struct RmsNormParams {
 };
 
 TRANSMLA_API void rms_norm_cpu(const RmsNormParams& params, const ParallelFor& parallel_for);
+
+// nullptr, or why the kernel cannot do this.
+TRANSMLA_API const char* mla_project_unsupported(const MlaProjectParams& params);
 
 // RoPE pairs are interleaved, as in DeepSeek's checkpoints and vLLM: (2j, 2j + 1) turns by position
 // * frequency j.

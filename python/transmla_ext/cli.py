@@ -84,8 +84,15 @@ def convert(
         MethodName, typer.Option(help="Bases that know what reads them, or TransMLA's.")
     ] = MethodName.auto,
     freqfold: Annotated[str, typer.Option(help="RoPE frequencies folded into one, or 'auto'.")] = "auto",
+    refine_steps: Annotated[
+        int | None, typer.Option(help="Training steps of each layer. \\[default: 100; none with method transmla]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of those steps.")] = 0,
     calibration: Annotated[
         str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Text to judge by, likewise. \\[default: calibration text held out]")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
     sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
@@ -116,6 +123,8 @@ def convert(
         format=format.value,
         method=method.value,
         freqfold=_int_or(freqfold, "auto", "--freqfold"),  # type: ignore[typeddict-item]
+        refine_steps=refine_steps,
+        seed=seed,
         calibration_tokens=calibration_tokens,
         sequence_length=sequence_length,
         layers=layers,
@@ -126,7 +135,16 @@ def convert(
     if dry_run:
         console.print(describe(model, **options).table())
         return
-    report = run(model, out, calibration=calibration, device=device, overwrite=overwrite, progress=not quiet, **options)
+    report = run(
+        model,
+        out,
+        calibration=calibration,
+        test=test,
+        device=device,
+        overwrite=overwrite,
+        progress=not quiet,
+        **options,
+    )
     console.print(report.table())
     console.print(f"written to {out}; try: transmla generate {out} 'Once upon a time'", highlight=False)
 

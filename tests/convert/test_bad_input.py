@@ -20,6 +20,7 @@ GOOD: dict[str, Any] = {
     "kv_lora_rank": 24,
     "qk_rope_head_dim": 8,
     "calibration_tokens": 512,
+    "refine_steps": 2,
     "sequence_length": 128,
     "progress": False,
 }
@@ -225,7 +226,7 @@ def test_full_disk_says_so_and_leaves_nothing(model: Path) -> None:
         "import resource, sys, transmla_ext\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
         "transmla_ext.convert(sys.argv[1], sys.argv[2], kv_lora_rank=24, qk_rope_head_dim=8, calibration_tokens=512,\n"
-        "                     sequence_length=128, progress=False)\n"
+        "                     sequence_length=128, refine_steps=2, progress=False)\n"
     )
     before = sorted(model.parent.rglob("*"))
     run = subprocess.run(

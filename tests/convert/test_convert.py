@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import transmla_ext
 from transmla_ext.convert import ConversionReport, dry_run
 
-SMALL: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128, "progress": False}
+SMALL: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128, "refine_steps": 3, "progress": False}
 
 
 def convert(model: Path, out: Path, **options: Any) -> ConversionReport:
@@ -103,7 +103,7 @@ def test_plan_knows_the_output_without_reading_weights(tiny_llama: Callable[...,
     model = tiny_llama(tie_word_embeddings=True)
     for format in ("transmla", "deepseek_v3"):
         options = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "format": format, "dtype": "bfloat16"}
-        plan = dry_run(model, calibration_tokens=1024, sequence_length=128, **options)
+        plan = dry_run(model, calibration_tokens=1024, sequence_length=128, refine_steps=3, **options)
         report = convert(model, tmp_path / format, **options)
         assert report.plan == plan
         index = json.loads((tmp_path / format / "model.safetensors.index.json").read_text())
@@ -140,7 +140,7 @@ def test_how_to_generate_is_kept_and_where_it_came_from_is_not(
 
 def test_freqfold_auto_takes_each_layers_best(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=3)
-    options: dict[str, Any] = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "method": "transmla"}
+    options: dict[str, Any] = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "method": "transmla", "refine_steps": 0}
     fixed = {
         fold: convert(model, tmp_path / str(fold), freqfold=fold, **options).layers
         for fold in dry_run(model, **options).freqfold
@@ -175,7 +175,7 @@ SCRIPT = """
 import sys, torch, transmla_ext
 torch.set_num_threads(2)
 transmla_ext.convert(sys.argv[1], sys.argv[2], kv_lora_rank=24, qk_rope_head_dim=8, calibration_tokens=int(sys.argv[3]),
-                     sequence_length=128, progress=False)
+                     sequence_length=128, refine_steps=3, progress=False)
 # Not ru_maxrss: that starts at what the parent had when it forked.
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -52,7 +52,8 @@ TEXT = "def f(x):\n    return x + 1\n" * 40
 
 
 def convert(model: Path, out: Path, **options: Any) -> ConversionReport:
-    return transmla_ext.convert(model, out, calibration_tokens=1024, sequence_length=128, progress=False, **options)
+    small = {"calibration_tokens": 1024, "sequence_length": 128, "refine_steps": 2, "progress": False}
+    return transmla_ext.convert(model, out, **small | options)
 
 
 def load(path: Path) -> Any:

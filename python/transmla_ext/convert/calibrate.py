@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCH_TOKENS",
+    "RECALL_STRING",
     "AttentionIO",
     "CalibrationTokens",
     "LayerInputs",
     "LayerStatistics",
     "Original",
+    "Predictions",
     "StatisticsCollector",
     "calibration_tokens",
+    "recall_tokens",
+    "recalled",
     "run_layer",
 ]
 
@@ -35,18 +39,22 @@ Stream = list[Tensor]  # hidden states of all sequences, in batches [batch_size,
 LayerInputs = dict[str, Any]
 AttentionIO = tuple[Tensor, Tensor]  # an attention layer's input and output, [batch_size, sequence_length, hidden_size]
 
+RECALL_STRING = 64  # tokens
+_TEST_TOKENS = 8192
 BATCH_TOKENS = 2048  # one batch's activations stay in tens of megabytes, and GEMMs are large enough
 
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """Sequences to calibrate on, and sequences of the same text, further on, to judge by."""
+    """Sequences to calibrate on, sequences of the same text, further on, to choose by, and those to judge by."""
 
     train: Tensor  # [num_sequences, sequence_length], int64
     held_out: Tensor  # [num_held_out, sequence_length], int64
+    test: Tensor  # [num_test, sequence_length], int64; held_out if there is no other text
 
     def digest(self) -> str:
-        return hashlib.sha256(repr((self.train.tolist(), self.held_out.tolist())).encode()).hexdigest()
+        lists = [tokens.tolist() for tokens in (self.train, self.held_out, self.test)]
+        return hashlib.sha256(repr(lists).encode()).hexdigest()
 
 
 def calibration_tokens(
@@ -54,6 +62,7 @@ def calibration_tokens(
     tokenizer: PreTrainedTokenizerBase,
     num_tokens: int,
     sequence_length: int,
+    test: str | Path | Sequence[str] | None = None,
 ) -> CalibrationTokens:
     """num_tokens tokens to calibrate on and a further eighth, at least one sequence, held out.
 
@@ -61,26 +70,61 @@ def calibration_tokens(
         source: a text file, a list of texts, the name of a text dataset of the `datasets` library, or None for the text
             that comes with Python (`pydoc_data.topics`).
         num_tokens: a multiple of sequence_length is taken, rounding up.
+        test: text to judge by, in the same forms, of which the first 8192 tokens are taken; None: what is held out.
     """
     num_train = -(-num_tokens // sequence_length)
     num_held_out = max(1, num_train // 8)
+    sequences = _sequences(source, tokenizer, num_train + num_held_out, sequence_length)
+    if len(sequences) < num_train + num_held_out:
+        raise ValueError(
+            f"calibration text too short: {len(sequences)} sequences of {sequence_length} tokens, but {num_train} to "
+            f"calibrate on and {num_held_out} held out are needed; give more text or lower "
+            f"calibration_tokens={num_tokens}"
+        )
+    train, held_out = sequences.tensor_split([num_train])
+    if test is None:
+        return CalibrationTokens(train, held_out, held_out)
+    judged = _sequences(test, tokenizer, max(1, _TEST_TOKENS // sequence_length), sequence_length)
+    if not len(judged):
+        raise ValueError(f"test text too short: give at least one sequence of {sequence_length} tokens")
+    return CalibrationTokens(train, held_out, judged)
+
+
+def _sequences(
+    source: str | Path | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, most: int, sequence_length: int
+) -> Tensor:
+    """[at most `most`, sequence_length], int64: the beginning of the text."""
     prefix = list(tokenizer("").input_ids)  # a BOS token, for the models that start every sequence with one
     chunk = sequence_length - len(prefix)
-    wanted = (num_train + num_held_out) * chunk
     ids: list[int] = []
     for text in _texts(source):
         ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) >= wanted:
+        if len(ids) >= most * chunk:
             break
-    if len(ids) < wanted:
-        raise ValueError(
-            f"calibration text too short: {len(ids)} tokens, but {num_train} sequences to calibrate on and "
-            f"{num_held_out} held out need {wanted}; give more text or lower calibration_tokens={num_tokens}"
-        )
-    sequences = torch.tensor(ids[:wanted]).view(-1, chunk)
-    if prefix:
-        sequences = torch.cat([torch.tensor(prefix).expand(len(sequences), -1), sequences], dim=1)
-    return CalibrationTokens(sequences[:num_train].contiguous(), sequences[num_train:].contiguous())
+    count = min(most, len(ids) // chunk)
+    sequences = torch.tensor(ids[: count * chunk], dtype=torch.int64).view(count, chunk)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), sequences], dim=1)
+
+
+def recall_tokens(text: Tensor, distance: int, num_sequences: int) -> Tensor:
+    """Random strings, each repeated `distance` tokens of other text after it began: [num_sequences, distance + 64].
+
+    Args:
+        text: [num_texts, sequence_length], int64; the strings are random choices of its tokens, the filler is the text.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = text.flatten()
+    filler = tokens.repeat(-(-distance * num_sequences // len(tokens)))[: distance * num_sequences]
+    sequences = filler.view(num_sequences, distance).clone()
+    chosen = torch.randint(len(tokens), (num_sequences, RECALL_STRING), generator=generator)
+    sequences[:, :RECALL_STRING] = tokens[chosen]
+    return torch.cat([sequences, sequences[:, :RECALL_STRING]], dim=1)
+
+
+def recalled(predictions: Predictions, tokens: Tensor) -> float:
+    """Fraction of the repeated strings' tokens, after a cue of 8, that are predicted."""
+    asked = RECALL_STRING - 8
+    return float((predictions.likeliest[:, -asked:] == tokens[:, -asked:]).float().mean())
 
 
 def _texts(source: str | Path | Sequence[str] | None) -> Iterator[str]:
@@ -116,6 +160,14 @@ class LayerStatistics:
     kv: Tensor  # [2 * kv_dim, 2 * kv_dim], mean of [k; v][k; v]ᵀ as the latent carries them, so without biases
     queries: Tensor | None  # [num_kv_heads, head_dim, head_dim], sum over the heads of a KV head of mean q qᵀ
     q: Tensor | None  # [num_heads * head_dim, num_heads * head_dim], mean of q qᵀ before bias and norm
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of every token of some sequences but the first, from those before it."""
+
+    nats: float  # mean negative log-likelihood of a token
+    likeliest: Tensor  # [num_sequences, sequence_length - 1], int64
 
 
 class Original:
@@ -158,23 +210,21 @@ class Original:
     def unload(self, index: int) -> None:
         self._unload(self._skeleton.model.layers[index])
 
-    def negative_log_likelihood(self, streams: Sequence[Stream], tokens: Tensor) -> list[float]:
-        """Mean nats per token that the final norm and head give to `tokens`, for each stream."""
+    def predictions(self, stream: Stream, tokens: Tensor) -> Predictions:
+        """What the final norm and head make of a stream of `tokens`, [num_sequences, sequence_length]."""
         norm = self._load(self._skeleton.model.norm, "model.norm")
         tied = self.config.tie_word_embeddings
         head = self.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
         head = head.to(self.device, torch.float32)
-        means = []
+        total, likeliest = 0.0, []
         with torch.inference_mode():
-            for stream in streams:
-                total = 0.0
-                rows = (row for batch in stream for row in batch)
-                for hidden, row_tokens in zip(rows, tokens.to(self.device), strict=True):
-                    logits = self.architecture.logits(self.config, F.linear(norm(hidden[:-1]), head))
-                    total += F.cross_entropy(logits, row_tokens[1:], reduction="sum").item()
-                means.append(total / tokens[:, 1:].numel())
+            rows = (row for batch in stream for row in batch)
+            for hidden, row_tokens in zip(rows, tokens.to(self.device), strict=True):
+                logits = self.architecture.logits(self.config, F.linear(norm(hidden[:-1]), head))
+                total += F.cross_entropy(logits, row_tokens[1:], reduction="sum").item()
+                likeliest.append(logits.argmax(-1).cpu())
         self._unload(norm)
-        return means
+        return Predictions(total / tokens[:, 1:].numel(), torch.stack(likeliest))
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         names = [name for name, _ in module.named_parameters()]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .. import models
@@ -32,18 +32,23 @@ from ..config import MLAConfig
 from ..errors import CheckpointError
 from .calibrate import (
     BATCH_TOKENS,
+    RECALL_STRING,
     AttentionIO,
     CalibrationTokens,
     LayerInputs,
     LayerStatistics,
     Original,
+    Predictions,
     StatisticsCollector,
     calibration_tokens,
+    recall_tokens,
+    recalled,
     run_layer,
 )
 from .export import Export, Format, NativeExport, StockExport, check_stock
 from .layer import MLALayer, build_layer
 from .low_rank import joint_latent, leading_basis
+from .refine import output_error, refine
 from .report import ConversionPlan, ConversionReport, LayerReport
 from .rope_split import RopeSplit, freqfolds, rope_slots, split_rope
 
@@ -54,6 +59,8 @@ __all__ = ["ConversionOptions", "convert", "dry_run"]
 
 Method = Literal["auto", "transmla"]
 
+_REFINE_STEPS = 100
+_RECALL_DISTANCES = {512: 4, 2048: 1}  # tokens: sequences
 _LIBRARIES_BYTES = 700_000_000  # resident with torch and transformers loaded, allocator slack included
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,6 +74,8 @@ class ConversionOptions(TypedDict, total=False):
     format: Format
     method: Method
     freqfold: int | Literal["auto"]
+    refine_steps: int | None
+    seed: int
     calibration_tokens: int
     sequence_length: int
     layers: int | None
@@ -79,6 +88,7 @@ def convert(
     out_path: str | Path,
     *,
     calibration: str | Path | Sequence[str] | None = None,
+    test: str | Path | Sequence[str] | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,
@@ -90,6 +100,7 @@ def convert(
         model_path: local directory of config.json and safetensors, or a GGUF file.
         out_path: directory to write; must be empty or absent unless `overwrite`.
         calibration: a text file, a list of texts, a `datasets` name, or None for text that comes with Python.
+        test: text to judge the result by, in the same forms; None: calibration text that is held out.
         device: where to compute.
         overwrite: replace a non-empty output directory.
         progress: show progress bars.
@@ -101,6 +112,10 @@ def convert(
             and SGLang load.
         method: "transmla" (Meng et al., arXiv 2502.07864), or "auto", the default, whose bases know what reads them:
             keys count by the queries of their heads, values by W_O, and RoPE pairs are rotated as complex numbers.
+        refine_steps: of Adam on each layer after that, 2048 calibration tokens each, so that its output is the
+            original's whatever the layers before it lost. Default: 100 with method "auto", none with "transmla" or
+            where nothing is lost.
+        seed: of the refinement's batches.
         freqfold: adjacent RoPE frequencies treated as one. "auto" (default): the fewest; with method "transmla" each
             layer's best on held-out text.
         calibration_tokens: tokens to calibrate on, default 32768; a further eighth of the text is held out.
@@ -119,7 +134,7 @@ def convert(
     if job.source.path.resolve().is_relative_to(out_path.resolve()):
         raise ValueError(f"output directory {out_path} holds the model itself, which would be lost; choose another")
     _check_disk(out_path, job.plan.output_bytes)
-    tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length)
+    tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length, test)
     with _progress(progress) as bar:
         _check_weights(job.source, bar)
         fingerprint = {
@@ -150,6 +165,7 @@ class _Job:
     target: MLAConfig  # shape of every layer; the slots of the first FreqFold candidate
     freqfolds: list[int]
     export: Export
+    seed: int
     num_tokens: int
     sequence_length: int
     device: torch.device
@@ -165,6 +181,8 @@ class _Job:
         format: Format = "transmla",
         method: Method = "auto",
         freqfold: int | Literal["auto"] = "auto",
+        refine_steps: int | None = None,
+        seed: int = 0,
         calibration_tokens: int = 32768,
         sequence_length: int = 512,
         layers: int | None = None,
@@ -181,6 +199,8 @@ class _Job:
                 "calibration_tokens must be >= 1 and sequence_length >= 2, "
                 f"got {calibration_tokens} and {sequence_length}"
             )
+        if refine_steps is not None and refine_steps < 0:
+            raise ValueError(f"refine_steps must be >= 0, got {refine_steps}")
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         source = open_checkpoint(model_path, num_layers=layers)
@@ -191,6 +211,8 @@ class _Job:
             raise ValueError(f"sequence_length={sequence_length} exceeds the model's {most} positions")
         shape = architecture.shape(source.config)
         rank, rope = _ranks(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank)
+        if refine_steps is None:
+            refine_steps = _REFINE_STEPS if method == "auto" and kv_lora_rank != "full" else 0
         out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
         export: Export = NativeExport(source.config, out_dtype)
         if format != "transmla":
@@ -234,13 +256,18 @@ class _Job:
                 "q_lora_rank": target.q_lora_rank,
             },
             freqfold=folds,
+            refine_steps=refine_steps,
             calibration_tokens=num_train * sequence_length,
             held_out_tokens=num_held_out * sequence_length,
             cache_bytes_before=shape.cache_dim * per_number,
             cache_bytes_after=export.cache_dim(target) * per_number,
             output_bytes=_output_bytes(source, export, target, num_layers),
             peak_memory_bytes=_peak_memory(
-                source, shape, (num_train + 2 * num_held_out) * sequence_length, sequence_length
+                source,
+                shape,
+                target if refine_steps else None,
+                (num_train + 2 * num_held_out) * sequence_length,
+                sequence_length,
             ),
         )
         return _Job(
@@ -251,6 +278,7 @@ class _Job:
             target,
             folds,
             export,
+            seed,
             calibration_tokens,
             sequence_length,
             torch.device(device),
@@ -297,42 +325,102 @@ def _freqfolds(
 def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) -> ConversionReport:
     """Converts the attention layers one after the other; each one done is in the staging directory."""
     original = Original(job.source, job.architecture, job.device)
-    train, held_out = original.stream(tokens.train), original.stream(tokens.held_out)
-    converted = list(held_out)  # the held-out text on its way through the layers converted so far
+    train, held_out = _Text(original, tokens.train), _Text(original, tokens.held_out)
+    test = held_out if tokens.test is tokens.held_out else _Text(original, tokens.test)
+    most = original.config.max_position_embeddings - RECALL_STRING
+    recalls = {
+        distance: _Text(original, recall_tokens(tokens.held_out, distance, num_sequences))
+        for distance, num_sequences in _RECALL_DISTANCES.items()
+        if distance <= most
+    }
+    judges = [*recalls.values()] if test is held_out else [test, *recalls.values()]
     reports = []
     for index in bar.track(range(job.plan.num_layers), description="Converting layers"):
         inputs = original.layer_inputs(index, job.sequence_length)
         layer = original.layer(index)
         attention = layer.get_submodule("self_attn")
         if stage.has(_layer_json(index)):
-            run_layer(layer, train, inputs)
-            run_layer(layer, held_out, inputs)
+            run_layer(layer, train.original, inputs)
+            run_layer(layer, held_out.original, inputs)
         else:
-            weights = job.architecture.projections(attention)
-            collector = StatisticsCollector(
-                weights,
-                job.shape,
-                queries=job.plan.method == "auto",
-                factor_queries=job.target.q_lora_rank is not None,
-            )
-            run_layer(layer, train, inputs, collector)
-            probe: list[AttentionIO] = []
-            run_layer(layer, held_out, inputs, probe.append)
-
-            error = partial(_attention_error, original, index, probe, inputs)
-            mla, report = _convert_layer(job, weights, collector.statistics(), original.rope_scale, error)
+            mla, report = _solve_layer(job, original, index, layer, inputs, train, held_out)
             stage.write_tensors(_layer_tensors(index), mla.weights)
             stage.write_json(_layer_json(index), {"config": mla.config.to_dict(), "report": asdict(report)})
         mla, report = _read_layer(stage, index)
         reports.append(report)
+        judged = [(text, original.layer_inputs(index, text.tokens.shape[1])) for text in judges]
+        for text, its_inputs in judged:
+            run_layer(layer, text.original, its_inputs)
         layer.register_module("self_attn", _attention(original, mla, index))
-        run_layer(layer, converted, inputs)
+        if job.plan.refine_steps:
+            run_layer(layer, train.converted, inputs)
+        for text, its_inputs in [(held_out, inputs), *judged]:
+            run_layer(layer, text.converted, its_inputs)
         layer.register_module("self_attn", attention)
         original.unload(index)
-    before, after = original.negative_log_likelihood([held_out, converted], tokens.held_out)
+
+    before, after = test.predictions(original)
     return ConversionReport(
-        plan=job.plan, layers=reports, perplexity_before=math.exp(before), perplexity_after=math.exp(after)
+        plan=job.plan,
+        layers=reports,
+        test_tokens=test.tokens.numel(),
+        perplexity_before=math.exp(before.nats),
+        perplexity_after=math.exp(after.nats),
+        agreement=float((before.likeliest == after.likeliest).float().mean()),
+        recall={
+            distance: [recalled(seen, text.tokens) for seen in text.predictions(original)]
+            for distance, text in recalls.items()
+        },
     )
+
+
+class _Text:
+    """Tokens on their way through the original and through the layers converted so far."""
+
+    def __init__(self, original: Original, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.original = original.stream(tokens)
+        self.converted = list(self.original)
+
+    def predictions(self, original: Original) -> tuple[Predictions, Predictions]:
+        return original.predictions(self.original, self.tokens), original.predictions(self.converted, self.tokens)
+
+
+def _solve_layer(
+    job: _Job,
+    original: Original,
+    index: int,
+    layer: nn.Module,
+    inputs: LayerInputs,
+    train: _Text,
+    held_out: _Text,
+) -> tuple[MLALayer, LayerReport]:
+    """One layer's MLA weights; the original's streams of both texts come out behind the layer."""
+    weights = job.architecture.projections(layer.get_submodule("self_attn"))
+    collector = StatisticsCollector(
+        weights, job.shape, queries=job.plan.method == "auto", factor_queries=job.target.q_lora_rank is not None
+    )
+    probe: list[AttentionIO] = []
+    run_layer(layer, held_out.original, inputs, probe.append)
+    error = partial(_attention_error, original, index, probe, inputs)
+    if not job.plan.refine_steps:
+        run_layer(layer, train.original, inputs, collector)
+        return _convert_layer(job, weights, collector.statistics(), original.rope_scale, error)
+
+    # What the converted model's layer gets in, and what it should give.
+    pairs: list[AttentionIO] = []
+    run_layer(layer, train.original, inputs, pairs.append)
+    norm = layer.get_submodule("input_layernorm")
+    with torch.inference_mode():
+        pairs = [(norm(hidden), y) for hidden, (_, y) in zip(train.converted, pairs, strict=True)]
+        unseen = [(norm(hidden), y) for hidden, (_, y) in zip(held_out.converted, probe, strict=True)]
+        for pair in pairs:
+            collector(pair)
+    mla, report = _convert_layer(job, weights, collector.statistics(), original.rope_scale, error)
+    attention = _attention(original, mla, index)
+    before, after = refine(attention, pairs, unseen, inputs, steps=job.plan.refine_steps, seed=job.seed + index)
+    mla = replace(mla, weights=dict(attention.state_dict()))
+    return mla, replace(report, error_before_refinement=before, error_after_refinement=after)
 
 
 def _convert_layer(
@@ -390,15 +478,8 @@ def _attention(original: Original, layer: MLALayer, index: int) -> MLAAttention:
 def _attention_error(
     original: Original, index: int, probe: list[AttentionIO], inputs: LayerInputs, layer: MLALayer
 ) -> float:
-    """‖attention(input) − output‖² / ‖output‖² over the probe's (input, output) pairs."""
-    attention = _attention(original, layer, index)
-    error = energy = 0.0
-    with torch.inference_mode():
-        for x, y in probe:
-            actual, _ = attention(hidden_states=x, **inputs)
-            error += (actual - y).double().square().sum().item()
-            energy += y.double().square().sum().item()
-    return error / energy
+    """output_error() of a layer that has its weights only."""
+    return output_error(_attention(original, layer, index), probe, inputs)
 
 
 def _layer_tensors(index: int) -> str:
@@ -494,21 +575,31 @@ def _output_bytes(source: Checkpoint, export: Export, target: MLAConfig, num_lay
     return sum(tensor.numel() for tensors in exported for tensor in tensors.values()) * export.dtype.itemsize
 
 
-def _peak_memory(source: Checkpoint, shape: AttentionShape, num_tokens: int, sequence_length: int) -> int:
-    """Estimate: the libraries, the streams, and the larger of (a layer being converted, the output head)."""
+def _peak_memory(
+    source: Checkpoint, shape: AttentionShape, refined: MLAConfig | None, num_tokens: int, sequence_length: int
+) -> int:
+    """Estimate: the libraries, the streams, and the largest of (a layer being converted, refined, the output head)."""
     layers = [
         [dims for name, dims in source.shapes.items() if name.startswith(f"model.layers.{index}.")]
         for index in range(source.config.num_hidden_layers)
     ]
-    weights = 2 * 4 * max(sum(map(math.prod, layer)) for layer in layers)  # layers without experts are smaller
+    layer_bytes = 4 * max(sum(map(math.prod, dims)) for dims in layers)  # layers without experts are smaller
     moments = 5 * 8 * shape.cache_dim**2  # state, mean, balanced copy; eigenvectors, LAPACK's workspace
     activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[-2:][0] for layer in layers for dims in layer))
+    solving = 2 * layer_bytes + moments + activations
+    refining = 0
+    if refined is not None:
+        with torch.device("meta"):
+            weights = sum(w.numel() for w in models.MLAAttention(source.config, refined, layer_idx=0).parameters())
+        # Weights, the best ones, gradients, Adam's two moments and its step; queries, keys, values and their gradients.
+        head_dims = 2 * (refined.qk_nope_head_dim + refined.qk_rope_head_dim) + refined.v_head_dim
+        refining = layer_bytes + 6 * 4 * weights + 4 * 4 * BATCH_TOKENS * shape.num_heads * head_dims
     vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
-    head = (
-        4 * vocab_size * (2 * hidden_size + 4 * sequence_length)
-    )  # logits of a sequence, and what the loss makes of them
-    streams = 4 * num_tokens * shape.hidden_size
-    return _LIBRARIES_BYTES + streams + max(weights + moments + activations, head)
+    # The head, and logits of a sequence with what the loss makes of them.
+    head = 4 * vocab_size * (2 * hidden_size + 4 * sequence_length)
+    # Both models' hidden states and, while a layer is refined, its inputs and outputs.
+    streams = 4 * num_tokens * shape.hidden_size * (1 if refined is None else 4)
+    return _LIBRARIES_BYTES + streams + max(solving, refining, head)
 
 
 def _check_disk(out_path: Path, output_bytes: int) -> None:

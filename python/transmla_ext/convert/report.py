@@ -25,6 +25,7 @@ class ConversionPlan:
     attention: dict[str, int]  # the original's shape
     mla: dict[str, int | None]  # shape of the converted layers
     freqfold: list[int]  # candidates; the one with the least error on held-out text is taken, layer by layer
+    refine_steps: int  # of each layer; 0 is the closed form alone
     calibration_tokens: int
     held_out_tokens: int
     cache_bytes_before: int  # per token, all layers, at `dtype`
@@ -45,6 +46,7 @@ class ConversionPlan:
             table.add_row(f"→ {key}", f"{converted}")
         table.add_row("layers", f"{self.num_layers}")
         table.add_row("FreqFold candidates", ", ".join(map(str, self.freqfold)))
+        table.add_row("refinement steps per layer", f"{self.refine_steps}")
         table.add_row("calibration / held-out tokens", f"{self.calibration_tokens:,} / {self.held_out_tokens:,}")
         table.add_row("cache bytes per token", f"{self.cache_bytes_before:,} → {self.cache_bytes_after:,}")
         table.add_row("cache saved", f"{self.cache_saved:.2%}")
@@ -64,16 +66,22 @@ class LayerReport:
     rope_energy: float  # fraction of E|k|² that keeps RoPE
     latent_energy: float  # fraction of the balanced [k_nope; v] second moment in the latent
     attention_error: float  # ‖converted − original‖² / ‖original‖² of the attention output, held-out text, same input
+    # The same of a layer that was refined, each in its own model, so that errors of the layers before it count.
+    error_before_refinement: float | None = None
+    error_after_refinement: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """The plan that was carried out, each layer's losses, and the model's on held-out calibration text."""
+    """The plan that was carried out, each layer's losses, and the model's on text that it was not calibrated on."""
 
     plan: ConversionPlan
     layers: list[LayerReport]
+    test_tokens: int  # that all that follows was measured on
     perplexity_before: float
     perplexity_after: float
+    agreement: float  # fraction of held-out tokens for which both models' likeliest is the same
+    recall: dict[int, list[float]]  # tokens back: fraction of a random string repeated rightly, before and after
     seconds: float = field(default=0.0, compare=False)  # of this run; not saved, so that equal runs write equal bytes
 
     @property
@@ -93,11 +101,18 @@ class ConversionReport:
         table.add_row("cache bytes per token", f"{self.plan.cache_bytes_before:,} → {self.plan.cache_bytes_after:,}")
         table.add_row("cache saved", f"{self.plan.cache_saved:.2%}")
         table.add_row(
-            "perplexity, held-out calibration text", f"{self.perplexity_before:.2f} → {self.perplexity_after:.2f}"
+            f"perplexity, {self.test_tokens:,} tokens not calibrated on",
+            f"{self.perplexity_before:.2f} → {self.perplexity_after:.2f}",
         )
         table.add_row("excess nats per token", f"{self.excess_nats:.3f}")
+        table.add_row("same likeliest token", f"{self.agreement:.1%}")
+        for distance, (before, after) in self.recall.items():
+            table.add_row(f"random string recalled {distance:,} tokens on", f"{before:.0%} → {after:.0%}")
         table.add_row("attention-output error, mean", f"{sum(errors) / len(errors):.3f}")
         table.add_row("attention-output error, worst", f"{errors[worst]:.3f} (layer {worst})")
+        refined = [layer.error_after_refinement for layer in self.layers if layer.error_after_refinement is not None]
+        if refined:
+            table.add_row("after refinement, mean", f"{sum(refined) / len(refined):.3f}")
         table.add_row("key energy with RoPE, mean", f"{_mean(self.layers, 'rope_energy'):.1%}")
         table.add_row("latent energy, mean", f"{_mean(self.layers, 'latent_energy'):.1%}")
         if self.seconds:
@@ -119,7 +134,11 @@ class ConversionReport:
         energy.plot(index, [layer.latent_energy for layer in self.layers], marker=".", label="latent")
         energy.set(title="Energy kept", ylim=(0, 1.02), ylabel="fraction")
         energy.legend()
-        error.bar(index, [layer.attention_error for layer in self.layers], color="tab:red")
+        error.bar(index, [layer.attention_error for layer in self.layers], color="tab:red", label="closed form")
+        if self.plan.refine_steps:
+            refined = [layer.error_after_refinement for layer in self.layers]
+            error.plot(index, refined, marker=".", color="black", label="refined, errors before it included")
+            error.legend()
         error.set(title="Attention-output error, held-out text", ylabel="relative, squared")
         for axes in (energy, error):
             axes.set_xlabel("layer")

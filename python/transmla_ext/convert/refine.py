@@ -1,0 +1,89 @@
+"""Layer-wise refinement: a converted layer learns to give the original's output for the converted model's input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .calibrate import BATCH_TOKENS, AttentionIO, LayerInputs
+
+__all__ = ["output_error", "refine"]
+
+# Adam's step as a fraction of the root mean square of what it trains. Layers 0 to 4 of SmolLM2-135M at -68.75 %, 40
+# steps, excess nats on text of the same kind (of another): closed form 0.149 (0.251), 0.0025: 0.057 (0.086),
+# 0.005: 0.052 (0.079), 0.02: 0.171 (0.393).
+_LEARNING_RATE = 0.005
+_CHECKS = 5  # of the held-out error; the best weights seen are kept, and two checks without progress end the run
+
+
+def output_error(attention: nn.Module, pairs: Sequence[AttentionIO], inputs: LayerInputs) -> float:
+    """‖attention(input) − output‖² / ‖output‖² over (input, output) pairs."""
+    error = energy = 0.0
+    with torch.inference_mode():
+        for x, y in pairs:
+            actual, _ = attention(hidden_states=x, **inputs)
+            error += (actual - y).double().square().sum().item()
+            energy += y.double().square().sum().item()
+    return error / energy
+
+
+def refine(
+    attention: nn.Module,
+    train: Sequence[AttentionIO],
+    held_out: Sequence[AttentionIO],
+    inputs: LayerInputs,
+    *,
+    steps: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Trains all weights of an attention layer, in place, on the squared error of its output; Adam, cosine to zero.
+
+    The inputs are the converted model's and the outputs the original's, so that a layer corrects what the layers before
+    it did. Memory is that of one layer; the same seed on the same machine gives the same weights.
+
+    Args:
+        train: (input, output) batches [batch_size, sequence_length, hidden_size]; a step draws 2048 tokens of them.
+        held_out: as many batches as it takes to see overfitting; the weights with the least error here are kept.
+    Returns:
+        output_error() on the held-out text before and after.
+    """
+    rows = [(x, y) for batch in train for x, y in zip(*batch, strict=True)]
+    batch_size = min(len(rows), max(1, BATCH_TOKENS // len(rows[0][0])))
+    energy = sum(y.square().mean().item() for _, y in rows) / len(rows)
+    generator = torch.Generator().manual_seed(seed)
+    attention.requires_grad_(True)
+    groups = [
+        {"params": [p], "lr": _LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in attention.parameters()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    before = best = output_error(attention, held_out, inputs)
+    weights = copy.deepcopy(attention.state_dict())
+    checks = {steps * check // _CHECKS for check in range(1, _CHECKS + 1)}
+    order: list[int] = []
+    missed = 0
+    for step in range(1, steps + 1):
+        if len(order) < batch_size:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+        chosen, order = [rows[i] for i in order[:batch_size]], order[batch_size:]
+        x, y = (torch.stack(part) for part in zip(*chosen, strict=True))
+        actual, _ = attention(hidden_states=x, **inputs)
+        loss = (actual - y).square().mean() / energy
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in checks:
+            error = output_error(attention, held_out, inputs)
+            missed = 0 if error < best else missed + 1
+            if error < best:
+                best, weights = error, copy.deepcopy(attention.state_dict())
+            if missed == 2:
+                break
+    attention.load_state_dict(weights)
+    attention.requires_grad_(False)
+    return before, best

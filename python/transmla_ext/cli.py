@@ -67,7 +67,8 @@ def models() -> None:
     epilog="Examples:\n\n"
     "  transmla convert Llama-2-7b-hf out/ --kv-lora-rank 512 --qk-rope-head-dim 64 --dry-run\n\n"
     "  transmla convert SmolLM2-135M-Instruct.Q4_1.gguf out/ --kv-lora-rank 88 --qk-rope-head-dim 32\n\n"
-    "  transmla convert Llama-2-7b-hf out/ --format deepseek_v3   # for unmodified vLLM, SGLang, transformers"
+    "  transmla convert Llama-2-7b-hf out/ --format deepseek_v3   # for unmodified vLLM, SGLang, transformers\n\n"
+    "  torchrun --nproc-per-node 8 -m transmla_ext convert Llama-2-7b-hf out/ --calibration-tokens 1000000"
 )
 def convert(
     model: Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")],
@@ -112,7 +113,7 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Convert a GQA/MHA model to MLA. A killed run resumes when the same command is given again."""
-    from .convert import ConversionOptions
+    from .convert import ConversionOptions, group
     from .convert import convert as run
     from .convert import dry_run as describe
 
@@ -135,16 +136,19 @@ def convert(
     if dry_run:
         console.print(describe(model, **options).table())
         return
-    report = run(
-        model,
-        out,
-        calibration=calibration,
-        test=test,
-        device=device,
-        overwrite=overwrite,
-        progress=not quiet,
-        **options,
-    )
+    with group.joined():
+        report = run(
+            model,
+            out,
+            calibration=calibration,
+            test=test,
+            device=device,
+            overwrite=overwrite,
+            progress=not quiet,
+            **options,
+        )
+        if not group.is_first():
+            return
     console.print(report.table())
     console.print(f"written to {out}; try: transmla generate {out} 'Once upon a time'", highlight=False)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..architectures import Architecture, AttentionShape, Projections
 from ..checkpoint import Checkpoint, skeleton
+from . import group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -292,16 +293,20 @@ class StatisticsCollector:
         return heads if norm is None else F.rms_norm(heads, heads.shape[-1:], norm, self._shape.qk_norm_eps)
 
     def statistics(self) -> LayerStatistics:
+        """Over the tokens of all processes."""
         shape, weights = self._shape, self._weights
-        kv, mean = self._kv[0] / self._num_tokens, self._sum / self._num_tokens
+        count = torch.tensor(self._num_tokens, device=self._sum.device)
+        group.add_up_(self._kv, self._queries, self._q, self._sum, count)
+        num_tokens = int(count)
+        kv, mean = self._kv[0] / num_tokens, self._sum / num_tokens
         keys = kv[: shape.kv_dim, : shape.kv_dim]
         if weights.b_k is not None and weights.k_norm is None:
             bias, mean = weights.b_k.double(), mean[: shape.kv_dim]
             keys = keys + torch.outer(bias, mean) + torch.outer(mean, bias) + torch.outer(bias, bias)
         queries = self._queries
         if queries is not None:
-            queries = queries.unflatten(0, (shape.num_kv_heads, -1)).sum(1) / self._num_tokens
-        return LayerStatistics(keys, kv, queries, None if self._q is None else self._q[0] / self._num_tokens)
+            queries = queries.unflatten(0, (shape.num_kv_heads, -1)).sum(1) / num_tokens
+        return LayerStatistics(keys, kv, queries, None if self._q is None else self._q[0] / num_tokens)
 
 
 def _zero_covariance(groups: int, weight: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ..checkpoint import (
 )
 from ..config import MLAConfig
 from ..errors import CheckpointError
+from . import group
 from .calibrate import (
     BATCH_TOKENS,
     RECALL_STRING,
@@ -96,6 +97,8 @@ def convert(
 ) -> ConversionReport:
     """Converts a GQA/MHA model to MLA; the output directory appears whole or not at all, a killed run resumes.
 
+    Called by all processes of a torch.distributed group, they share the calibration tokens; the first one writes.
+
     Args:
         model_path: local directory of config.json and safetensors, or a GGUF file.
         out_path: directory to write; must be empty or absent unless `overwrite`.
@@ -130,22 +133,27 @@ def convert(
     started = time.monotonic()
     out_path = Path(out_path)
     job = _Job.prepare(model_path, device=device, **options)
-    check_out_path(out_path, overwrite=overwrite)
+    if group.is_first():
+        check_out_path(out_path, overwrite=overwrite)
     if job.source.path.resolve().is_relative_to(out_path.resolve()):
         raise ValueError(f"output directory {out_path} holds the model itself, which would be lost; choose another")
     _check_disk(out_path, job.plan.output_bytes)
     tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length, test)
-    with _progress(progress) as bar:
-        _check_weights(job.source, bar)
-        fingerprint = {
-            "version": version("transmla_ext"),
-            "plan": asdict(job.plan),
-            "source": job.source.identity(),
-            "tokens": tokens.digest(),
-        }
-        with staging(out_path, fingerprint, overwrite=overwrite) as stage:
-            report = _solve(job, tokens, stage, bar)
-            _export(job, report, stage, bar)
+    with _progress(progress and group.is_first()) as bar:
+        if not group.is_first():
+            report = _solve(job, tokens, None, bar)
+        else:
+            _check_weights(job.source, bar)
+            fingerprint = {
+                "version": version("transmla_ext"),
+                "plan": asdict(job.plan),
+                "seed": job.seed,
+                "source": job.source.identity(),
+                "tokens": tokens.digest(),
+            }
+            with staging(out_path, fingerprint, overwrite=overwrite) as stage:
+                report = _solve(job, tokens, stage, bar)
+                _export(job, report, stage, bar)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -198,6 +206,11 @@ class _Job:
             raise ValueError(
                 "calibration_tokens must be >= 1 and sequence_length >= 2, "
                 f"got {calibration_tokens} and {sequence_length}"
+            )
+        if -(-calibration_tokens // sequence_length) < group.size():
+            raise ValueError(
+                f"calibration_tokens={calibration_tokens} is less than one sequence of {sequence_length} for each of "
+                f"{group.size()} processes"
             )
         if refine_steps is not None and refine_steps < 0:
             raise ValueError(f"refine_steps must be >= 0, got {refine_steps}")
@@ -322,10 +335,11 @@ def _freqfolds(
     return [freqfold]
 
 
-def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) -> ConversionReport:
-    """Converts the attention layers one after the other; each one done is in the staging directory."""
+def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Progress) -> ConversionReport:
+    """Converts the attention layers one after the other; each one done is in the first process' staging directory."""
     original = Original(job.source, job.architecture, job.device)
-    train, held_out = _Text(original, tokens.train), _Text(original, tokens.held_out)
+    train = _Text(original, tokens.train[group.rank() :: group.size()])
+    held_out = _Text(original, tokens.held_out)
     test = held_out if tokens.test is tokens.held_out else _Text(original, tokens.test)
     most = original.config.max_position_embeddings - RECALL_STRING
     recalls = {
@@ -339,14 +353,16 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging, bar: Progress) 
         inputs = original.layer_inputs(index, job.sequence_length)
         layer = original.layer(index)
         attention = layer.get_submodule("self_attn")
-        if stage.has(_layer_json(index)):
+        done = group.from_first(lambda: _read_layer(stage, index))  # noqa: B023
+        if done is not None:
             run_layer(layer, train.original, inputs)
             run_layer(layer, held_out.original, inputs)
         else:
-            mla, report = _solve_layer(job, original, index, layer, inputs, train, held_out)
-            stage.write_tensors(_layer_tensors(index), mla.weights)
-            stage.write_json(_layer_json(index), {"config": mla.config.to_dict(), "report": asdict(report)})
-        mla, report = _read_layer(stage, index)
+            solved = _solve_layer(job, original, index, layer, inputs, train, held_out)
+            done = group.from_first(lambda: solved)  # noqa: B023
+            if stage is not None:
+                _write_layer(stage, index, *done)
+        mla, report = done
         reports.append(report)
         judged = [(text, original.layer_inputs(index, text.tokens.shape[1])) for text in judges]
         for text, its_inputs in judged:
@@ -405,7 +421,8 @@ def _solve_layer(
     error = partial(_attention_error, original, index, probe, inputs)
     if not job.plan.refine_steps:
         run_layer(layer, train.original, inputs, collector)
-        return _convert_layer(job, weights, collector.statistics(), original.rope_scale, error)
+        statistics = collector.statistics()
+        return group.from_first(lambda: _convert_layer(job, weights, statistics, original.rope_scale, error))
 
     # What the converted model's layer gets in, and what it should give.
     pairs: list[AttentionIO] = []
@@ -416,7 +433,8 @@ def _solve_layer(
         unseen = [(norm(hidden), y) for hidden, (_, y) in zip(held_out.converted, probe, strict=True)]
         for pair in pairs:
             collector(pair)
-    mla, report = _convert_layer(job, weights, collector.statistics(), original.rope_scale, error)
+    statistics = collector.statistics()
+    mla, report = group.from_first(lambda: _convert_layer(job, weights, statistics, original.rope_scale, error))
     attention = _attention(original, mla, index)
     before, after = refine(attention, pairs, unseen, inputs, steps=job.plan.refine_steps, seed=job.seed + index)
     mla = replace(mla, weights=dict(attention.state_dict()))
@@ -490,7 +508,15 @@ def _layer_json(index: int) -> str:
     return f"layer-{index:05d}.json"
 
 
-def _read_layer(stage: Staging, index: int) -> tuple[MLALayer, LayerReport]:
+def _write_layer(stage: Staging, index: int, layer: MLALayer, report: LayerReport) -> None:
+    stage.write_tensors(_layer_tensors(index), layer.weights)
+    stage.write_json(_layer_json(index), {"config": layer.config.to_dict(), "report": asdict(report)})
+
+
+def _read_layer(stage: Staging | None, index: int) -> tuple[MLALayer, LayerReport] | None:
+    """A layer that is done already."""
+    if stage is None or not stage.has(_layer_json(index)):
+        return None
     report = LayerReport(**stage.read_json(_layer_json(index))["report"])
     return MLALayer(_layer_config(stage, index), stage.read_tensors(_layer_tensors(index))), report
 
@@ -510,8 +536,8 @@ def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) 
         for name in names:
             tensors |= export.other(name, source.tensor(name))
         if index is not None:
-            layer, _ = _read_layer(stage, index)
-            for name, tensor in export.attention(layer.config, layer.weights).items():
+            weights = stage.read_tensors(_layer_tensors(index))
+            for name, tensor in export.attention(_layer_config(stage, index), weights).items():
                 tensors[f"model.layers.{index}.self_attn.{name}"] = tensor
         tensors = {name: tensor.to(job.export.dtype) for name, tensor in tensors.items()}
         shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from . import group
 from .calibrate import BATCH_TOKENS, AttentionIO, LayerInputs
 
 __all__ = ["output_error", "refine"]
@@ -42,7 +43,8 @@ def refine(
     """Trains all weights of an attention layer, in place, on the squared error of its output; Adam, cosine to zero.
 
     The inputs are the converted model's and the outputs the original's, so that a layer corrects what the layers before
-    it did. Memory is that of one layer; the same seed on the same machine gives the same weights.
+    it did. Memory is that of one layer; the same seed on the same machine gives the same weights. Processes add up
+    their gradients: each has every group.size()-th sequence.
 
     Args:
         train: (input, output) batches [batch_size, sequence_length, hidden_size]; a step draws 2048 tokens of them.
@@ -51,34 +53,40 @@ def refine(
         output_error() on the held-out text before and after.
     """
     rows = [(x, y) for batch in train for x, y in zip(*batch, strict=True)]
-    batch_size = min(len(rows), max(1, BATCH_TOKENS // len(rows[0][0])))
-    energy = sum(y.square().mean().item() for _, y in rows) / len(rows)
+    totals = torch.tensor([len(rows), sum(y.square().mean().item() for _, y in rows)], dtype=torch.float64)
+    group.add_up_(totals)
+    num_rows, energy = int(totals[0]), float(totals[1] / totals[0])
+    batch_size = min(num_rows, max(1, BATCH_TOKENS // len(rows[0][0])))
     generator = torch.Generator().manual_seed(seed)
     attention.requires_grad_(True)
-    groups = [
-        {"params": [p], "lr": _LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in attention.parameters()
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    parameters = list(attention.parameters())
+    rates = [{"params": [p], "lr": _LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-    before = best = output_error(attention, held_out, inputs)
+    before = best = group.from_first(lambda: output_error(attention, held_out, inputs))
     weights = copy.deepcopy(attention.state_dict())
     checks = {steps * check // _CHECKS for check in range(1, _CHECKS + 1)}
     order: list[int] = []
     missed = 0
     for step in range(1, steps + 1):
         if len(order) < batch_size:
-            order = torch.randperm(len(rows), generator=generator).tolist()
-        chosen, order = [rows[i] for i in order[:batch_size]], order[batch_size:]
-        x, y = (torch.stack(part) for part in zip(*chosen, strict=True))
-        actual, _ = attention(hidden_states=x, **inputs)
-        loss = (actual - y).square().mean() / energy
-        optimizer.zero_grad()
-        loss.backward()
+            order = torch.randperm(num_rows, generator=generator).tolist()
+        chosen, order = order[:batch_size], order[batch_size:]
+        own = [rows[i // group.size()] for i in chosen if i % group.size() == group.rank()]
+        optimizer.zero_grad(set_to_none=False)
+        if own:
+            x, y = (torch.stack(part) for part in zip(*own, strict=True))
+            actual, _ = attention(hidden_states=x, **inputs)
+            loss = (actual - y).square().mean(dim=(1, 2)).sum() / (batch_size * energy)
+            loss.backward()
+        group.add_up_(*(p.grad for p in parameters))
         optimizer.step()
         schedule.step()
         if step in checks:
-            error = output_error(attention, held_out, inputs)
+            error = group.from_first(lambda: output_error(attention, held_out, inputs))
             missed = 0 if error < best else missed + 1
             if error < best:
                 best, weights = error, copy.deepcopy(attention.state_dict())

@@ -1,4 +1,4 @@
-"""The command line: transmla models, plan, convert, generate, env."""
+"""The command line: transmla models, plan, convert, compare, generate, env."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class DTypeName(str, Enum):
     float16 = "float16"
 
 
-def _int_or(text: str, word: str, option: str) -> int | str:
-    if text == word:
-        return word
+def _int_or(text: str, words: tuple[str, ...], option: str) -> int | str:
+    if text in words:
+        return text
     if text.isdecimal():
         return int(text)
-    raise typer.BadParameter(f"give a number or '{word}', got '{text}'", param_hint=option)
+    raise typer.BadParameter(f"give a number, or one of: {', '.join(words)}; got '{text}'", param_hint=option)
 
 
 @app.command()
@@ -74,12 +74,16 @@ def convert(
     model: Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; appears when it is complete.")],
     kv_lora_rank: Annotated[
-        str, typer.Option(help="Numbers of the latent per token, or 'full': nothing lost.")
+        str,
+        typer.Option(help="Numbers of the latent per token; 'full': nothing lost; 'auto': each layer's own."),
     ] = "512",
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: the most up to 64]")
     ] = None,
     q_lora_rank: Annotated[int | None, typer.Option(help="Factor the query projection too, to this rank.")] = None,
+    cache_bytes: Annotated[
+        int | None, typer.Option(help="For --kv-lora-rank auto: what a token may take, all layers together.")
+    ] = None,
     format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
     method: Annotated[
         MethodName, typer.Option(help="Bases that know what reads them, or TransMLA's.")
@@ -118,12 +122,13 @@ def convert(
     from .convert import dry_run as describe
 
     options = ConversionOptions(
-        kv_lora_rank=_int_or(kv_lora_rank, "full", "--kv-lora-rank"),  # type: ignore[typeddict-item]
+        kv_lora_rank=_int_or(kv_lora_rank, ("full", "auto"), "--kv-lora-rank"),  # type: ignore[typeddict-item]
         qk_rope_head_dim=qk_rope_head_dim,
         q_lora_rank=q_lora_rank,
+        cache_bytes=cache_bytes,
         format=format.value,
         method=method.value,
-        freqfold=_int_or(freqfold, "auto", "--freqfold"),  # type: ignore[typeddict-item]
+        freqfold=_int_or(freqfold, ("auto",), "--freqfold"),  # type: ignore[typeddict-item]
         refine_steps=refine_steps,
         seed=seed,
         calibration_tokens=calibration_tokens,
@@ -151,6 +156,65 @@ def convert(
             return
     console.print(report.table())
     console.print(f"written to {out}; try: transmla generate {out} 'Once upon a time'", highlight=False)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  transmla compare SmolLM2-135M-Instruct.Q4_1.gguf out/ --kv-lora-rank 88 --qk-rope-head-dim 32\n\n"
+    "  transmla compare Llama-2-7b-hf out/ --layers 4 --calibration manual.txt --test essays.txt   # a trial\n\n"
+    "  transmla generate out/auto 'Once upon a time'"
+)
+def compare(
+    model: Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write: compare.{json,md,png} and the four models.")],
+    kv_lora_rank: Annotated[int, typer.Option(help="Numbers of the latent per token.")] = 512,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: the most up to 64]")
+    ] = None,
+    format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
+    refine_steps: Annotated[
+        int | None, typer.Option(help="Training steps of each layer, where refined. \\[default: convert's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of those steps.")] = 0,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Text to judge by, likewise. \\[default: the calibration text's last quarter]")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
+    layers: Annotated[
+        int | None, typer.Option(help="Take the first so many layers for the whole model: a trial.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Convert a model by TransMLA's method and by this package's, ingredient by ingredient, and compare what is lost.
+
+    A killed run resumes when the same command is given again.
+    """
+    from .convert import compare as run
+
+    comparison = run(
+        model,
+        out,
+        calibration=calibration,
+        test=test,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        format=format.value,
+        refine_steps=refine_steps,
+        seed=seed,
+        calibration_tokens=calibration_tokens,
+        sequence_length=sequence_length,
+        layers=layers,
+        device=device,
+        progress=not quiet,
+    )
+    console = Console()
+    console.print(comparison.table())
+    console.print(f"written to {out}; its best model: {out / 'auto'}", highlight=False)
 
 
 @app.command(epilog="Example:\n\n  transmla generate out/ 'The capital of France is' --max-new-tokens 32")

@@ -30,10 +30,12 @@ __all__ = [
     "Original",
     "Predictions",
     "StatisticsCollector",
+    "Stream",
     "calibration_tokens",
     "recall_tokens",
     "recalled",
     "run_layer",
+    "split_text",
 ]
 
 Stream = list[Tensor]  # hidden states of all sequences, in batches [batch_size, sequence_length, hidden_size]
@@ -89,6 +91,15 @@ def calibration_tokens(
     if not len(judged):
         raise ValueError(f"test text too short: give at least one sequence of {sequence_length} tokens")
     return CalibrationTokens(train, held_out, judged)
+
+
+def split_text(source: str | Path | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The first three quarters of a text, to calibrate on, and its last quarter, to judge by."""
+    if isinstance(source, (str, Path)) and not Path(source).is_file():
+        raise ValueError(f"'{source}' is no file, so it has no last quarter to judge by; give a test text (--test) too")
+    text = "\n\n".join(_texts(source))
+    cut = len(text) * 3 // 4
+    return [text[:cut]], [text[cut:]]
 
 
 def _sequences(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..config import MLAConfig
 from .low_rank import LatentBasis
 from .rope_split import RopeSplit
 
-__all__ = ["MLALayer", "build_layer"]
+__all__ = ["MLALayer", "build_layer", "truncated"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,18 @@ def build_layer(
     else:
         named |= {"q_a_proj.weight": q_basis.mT @ w_q, "q_b_proj.weight": q_source, "q_b_proj.bias": b_q}
     return MLALayer(config, {name: w.float().contiguous() for name, w in named.items() if w is not None})
+
+
+def truncated(layer: MLALayer, kv_lora_rank: int) -> MLALayer:
+    """What build_layer() makes of the first kv_lora_rank directions of the same basis."""
+    rank = layer.config.kv_lora_rank
+    weights = dict(layer.weights)
+    for name, weight in layer.weights.items():
+        if name.startswith("kv_a_proj_with_mqa."):
+            weights[name] = torch.cat([weight[:kv_lora_rank], weight[rank:]])
+        elif name == "kv_b_proj.weight":
+            weights[name] = weight[:, :kv_lora_rank].contiguous()
+    return MLALayer(replace(layer.config, kv_lora_rank=kv_lora_rank), weights)
 
 
 def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -31,6 +31,7 @@ from ..checkpoint import (
 from ..config import MLAConfig
 from ..errors import CheckpointError
 from . import group
+from .allocate import Candidate, allocate
 from .calibrate import (
     BATCH_TOKENS,
     RECALL_STRING,
@@ -41,13 +42,14 @@ from .calibrate import (
     Original,
     Predictions,
     StatisticsCollector,
+    Stream,
     calibration_tokens,
     recall_tokens,
     recalled,
     run_layer,
 )
 from .export import Export, Format, NativeExport, StockExport, check_stock
-from .layer import MLALayer, build_layer
+from .layer import MLALayer, build_layer, truncated
 from .low_rank import joint_latent, leading_basis
 from .refine import output_error, refine
 from .report import ConversionPlan, ConversionReport, LayerReport
@@ -56,11 +58,14 @@ from .rope_split import RopeSplit, freqfolds, rope_slots, split_rope
 if TYPE_CHECKING:
     from ..models import MLAAttention
 
-__all__ = ["ConversionOptions", "convert", "dry_run"]
+__all__ = ["ConversionOptions", "Method", "check_disk", "convert", "dry_run"]
 
 Method = Literal["auto", "transmla"]
 
 _REFINE_STEPS = 100
+_ALLOCATION = "layer-shapes.json"
+_SURVEY_TOKENS = 8192  # to measure on what a layer would gain by more cache
+_SURVEY_SHARES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of an average layer's cache
 _RECALL_DISTANCES = {512: 4, 2048: 1}  # tokens: sequences
 _LIBRARIES_BYTES = 700_000_000  # resident with torch and transformers loaded, allocator slack included
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,9 +74,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class ConversionOptions(TypedDict, total=False):
     """What convert() and dry_run() can be told about the result; their docstring explains it."""
 
-    kv_lora_rank: int | Literal["full"]
+    kv_lora_rank: int | Literal["full", "auto"]
     qk_rope_head_dim: int | None
     q_lora_rank: int | None
+    cache_bytes: int | None
     format: Format
     method: Method
     freqfold: int | Literal["auto"]
@@ -107,9 +113,11 @@ def convert(
         device: where to compute.
         overwrite: replace a non-empty output directory.
         progress: show progress bars.
-        kv_lora_rank: numbers of the latent per token and layer, default 512; "full" loses nothing (native format only).
+        kv_lora_rank: numbers of the latent per token and layer, default 512; "full" loses nothing and "auto" deals
+            cache_bytes out over the layers by what each gains (both in the native format only).
         qk_rope_head_dim: numbers of the shared RoPE key; divides what RoPE turns of a head. Default: the most up to 64.
         q_lora_rank: also factors the query projection, to this rank; None, the default, leaves it whole.
+        cache_bytes: with kv_lora_rank="auto", the most that a token may take in the cache, all layers together.
         format: "transmla" (default), any shape, for this package and AutoModelForCausalLM after `import transmla_ext`;
             "deepseek_v3", which unmodified transformers, vLLM and SGLang load; "deepseek_v2", for Mixtral, which vLLM
             and SGLang load.
@@ -137,7 +145,7 @@ def convert(
         check_out_path(out_path, overwrite=overwrite)
     if job.source.path.resolve().is_relative_to(out_path.resolve()):
         raise ValueError(f"output directory {out_path} holds the model itself, which would be lost; choose another")
-    _check_disk(out_path, job.plan.output_bytes)
+    check_disk(out_path, job.plan.output_bytes)
     tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length, test)
     with _progress(progress and group.is_first()) as bar:
         if not group.is_first():
@@ -170,8 +178,9 @@ class _Job:
     architecture: Architecture
     shape: AttentionShape
     qk_rope_head_dim: int  # asked for; the target has less where the format lacks a frequency
-    target: MLAConfig  # shape of every layer; the slots of the first FreqFold candidate
-    freqfolds: list[int]
+    target: MLAConfig  # shape of every layer, of the average one for "auto"; the slots of the first FreqFold candidate
+    freqfold: int | Literal["auto"]
+    cache_budget: int | None  # numbers a token, all layers, to be dealt out
     export: Export
     seed: int
     num_tokens: int
@@ -183,9 +192,10 @@ class _Job:
     def prepare(
         model_path: str | Path,
         *,
-        kv_lora_rank: int | Literal["full"] = 512,
+        kv_lora_rank: int | Literal["full", "auto"] = 512,
         qk_rope_head_dim: int | None = None,
         q_lora_rank: int | None = None,
+        cache_bytes: int | None = None,
         format: Format = "transmla",
         method: Method = "auto",
         freqfold: int | Literal["auto"] = "auto",
@@ -223,10 +233,18 @@ class _Job:
             most = source.config.max_position_embeddings
             raise ValueError(f"sequence_length={sequence_length} exceeds the model's {most} positions")
         shape = architecture.shape(source.config)
-        rank, rope = _ranks(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank)
+        out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
+        num_layers = source.config.num_hidden_layers
+        budget = None
+        if (kv_lora_rank == "auto") != (cache_bytes is not None):
+            raise ValueError("kv_lora_rank='auto' and cache_bytes, what it may use, go together; give both or neither")
+        if cache_bytes is not None:
+            if format != "transmla" or freqfold != "auto":
+                raise ValueError("kv_lora_rank='auto' is for the native format and freqfold='auto'")
+            budget = cache_bytes // out_dtype.itemsize
+        rank, rope = _ranks(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank, (budget or 0) // num_layers)
         if refine_steps is None:
             refine_steps = _REFINE_STEPS if method == "auto" and kv_lora_rank != "full" else 0
-        out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
         export: Export = NativeExport(source.config, out_dtype)
         if format != "transmla":
             export = StockExport(
@@ -245,7 +263,6 @@ class _Job:
             q_lora_rank=q_lora_rank,
         )
 
-        num_layers = source.config.num_hidden_layers
         num_train = -(-calibration_tokens // sequence_length)
         num_held_out = max(1, num_train // 8)
         per_number = num_layers * out_dtype.itemsize
@@ -262,8 +279,8 @@ class _Job:
                 "head_dim": shape.head_dim,
             },
             mla={
-                "kv_lora_rank": target.kv_lora_rank,
-                "qk_rope_head_dim": target.qk_rope_head_dim,
+                "kv_lora_rank": target.kv_lora_rank if budget is None else "auto",
+                "qk_rope_head_dim": target.qk_rope_head_dim if budget is None else "auto",
                 "qk_nope_head_dim": target.qk_nope_head_dim,
                 "v_head_dim": target.v_head_dim,
                 "q_lora_rank": target.q_lora_rank,
@@ -273,7 +290,7 @@ class _Job:
             calibration_tokens=num_train * sequence_length,
             held_out_tokens=num_held_out * sequence_length,
             cache_bytes_before=shape.cache_dim * per_number,
-            cache_bytes_after=export.cache_dim(target) * per_number,
+            cache_bytes_after=export.cache_dim(target) * per_number if cache_bytes is None else cache_bytes,
             output_bytes=_output_bytes(source, export, target, num_layers),
             peak_memory_bytes=_peak_memory(
                 source,
@@ -289,7 +306,8 @@ class _Job:
             shape,
             rope,
             target,
-            folds,
+            freqfold,
+            budget,
             export,
             seed,
             calibration_tokens,
@@ -301,11 +319,12 @@ class _Job:
 
 def _ranks(
     shape: AttentionShape,
-    kv_lora_rank: int | Literal["full"],
+    kv_lora_rank: int | Literal["full", "auto"],
     qk_rope_head_dim: int | None,
     q_lora_rank: int | None,
+    mean_cache_dim: int,
 ) -> tuple[int, int]:
-    """(kv_lora_rank, qk_rope_head_dim), or ValueError for a shape that cannot be."""
+    """(kv_lora_rank, qk_rope_head_dim), of an average layer for "auto", or ValueError for a shape that cannot be."""
     most = min(shape.hidden_size, shape.num_heads * shape.head_dim)
     if q_lora_rank is not None and not 8 <= q_lora_rank <= most:
         raise ValueError(f"q_lora_rank must be from 8 to {most}, got {q_lora_rank}")
@@ -316,16 +335,15 @@ def _ranks(
                 f"got {qk_rope_head_dim}"
             )
         return shape.cache_dim - shape.rope_dim, shape.rope_dim
-    rank, rope = kv_lora_rank, qk_rope_head_dim
+    rope = qk_rope_head_dim
     if rope is None:
         rope = max((dim for dim in range(8, 65, 8) if shape.rotary_dim % dim == 0), default=0)
+    rank = kv_lora_rank if kv_lora_rank != "auto" else min((mean_cache_dim - rope) // 8 * 8, shape.cache_dim - rope)
     shape.check_ranks(rank, rope)
     return rank, rope
 
 
-def _freqfolds(
-    shape: AttentionShape, qk_rope_head_dim: int, freqfold: int | Literal["auto"], method: Method
-) -> list[int]:
+def _freqfolds(shape: AttentionShape, qk_rope_head_dim: int, freqfold: int | Literal["auto"], method: str) -> list[int]:
     folds = freqfolds(shape, qk_rope_head_dim)
     if freqfold == "auto":
         # With bases that know their queries more folding loses: 1.13 against 0.93 excess nats on SmolLM2 at -68.75 %.
@@ -348,6 +366,10 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
         if distance <= most
     }
     judges = [*recalls.values()] if test is held_out else [test, *recalls.values()]
+    uniform = Candidate(job.target.kv_lora_rank, job.qk_rope_head_dim)
+    candidates = [uniform] * job.plan.num_layers
+    if job.cache_budget is not None:
+        candidates = _allocation(job, job.cache_budget, original, tokens, stage, bar)
     reports = []
     for index in bar.track(range(job.plan.num_layers), description="Converting layers"):
         inputs = original.layer_inputs(index, job.sequence_length)
@@ -358,7 +380,7 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
             run_layer(layer, train.original, inputs)
             run_layer(layer, held_out.original, inputs)
         else:
-            solved = _solve_layer(job, original, index, layer, inputs, train, held_out)
+            solved = _solve_layer(job, original, index, layer, inputs, train, held_out, candidates[index])
             done = group.from_first(lambda: solved)  # noqa: B023
             if stage is not None:
                 _write_layer(stage, index, *done)
@@ -402,6 +424,68 @@ class _Text:
         return original.predictions(self.original, self.tokens), original.predictions(self.converted, self.tokens)
 
 
+def _allocation(
+    job: _Job, budget: int, original: Original, tokens: CalibrationTokens, stage: Staging | None, bar: Progress
+) -> list[Candidate]:
+    """Each layer's shape within the cache budget, from the closed form's errors on a part of the text."""
+
+    def read() -> list[Candidate] | None:
+        if stage is None or not stage.has(_ALLOCATION):
+            return None
+        return [Candidate(**fields) for fields in stage.read_json(_ALLOCATION)["layers"]]
+
+    chosen = group.from_first(read)
+    if chosen is None:
+        own = tokens.train[: max(group.size(), _SURVEY_TOKENS // job.sequence_length)]
+        train = original.stream(own[group.rank() :: group.size()])
+        probe = original.stream(tokens.held_out[: max(1, BATCH_TOKENS // job.sequence_length)])
+        survey = []
+        for index in bar.track(range(job.plan.num_layers), description="Surveying layers"):
+            survey.append(_survey_layer(job, original, index, train, probe))
+            original.unload(index)
+        chosen = group.from_first(lambda: allocate(survey, budget))
+        if stage is not None:
+            stage.write_json(_ALLOCATION, {"layers": [asdict(candidate) for candidate in chosen]})
+    return chosen
+
+
+def _survey_layer(job: _Job, original: Original, index: int, train: Stream, probe: Stream) -> list[Candidate]:
+    """Shapes for a layer, with the mean of ‖error‖² / ‖output‖² of the tokens' hidden states behind it.
+
+    Hidden states are compared, not the attention's output: a layer whose attention hardly matters needs little cache.
+    """
+    inputs = original.layer_inputs(index, job.sequence_length)
+    layer = original.layer(index)
+    attention = layer.get_submodule("self_attn")
+    weights = job.architecture.projections(attention)
+    collector = StatisticsCollector(weights, job.shape, queries=job.plan.method == "auto", factor_queries=False)
+    run_layer(layer, train, inputs, collector)
+    statistics = collector.statistics()
+    before = list(probe)
+    run_layer(layer, probe, inputs)
+
+    def error(mla: MLALayer) -> float:
+        layer.register_module("self_attn", _attention(original, mla, index))
+        stream = list(before)
+        run_layer(layer, stream, inputs)
+        layer.register_module("self_attn", attention)
+        errors = [(a - b).square().sum(-1) / b.square().sum(-1) for a, b in zip(stream, probe, strict=True)]
+        return float(torch.cat(errors).double().mean())
+
+    mean = job.target.kv_lora_rank + job.qk_rope_head_dim
+    candidates = []
+    for rope in (job.qk_rope_head_dim // 2, job.qk_rope_head_dim, 2 * job.qk_rope_head_dim):
+        most = job.shape.cache_dim - rope
+        ranks = sorted({min(most, int(share * mean) - rope) // 8 * 8 for share in _SURVEY_SHARES})
+        if rope < 8 or rope % 8 or job.shape.rotary_dim % rope or ranks[-1] < 8:
+            continue
+        largest, _ = _convert_layer(
+            job, Candidate(ranks[-1], rope), weights, statistics, original.rope_scale, lambda mla: 0.0
+        )
+        candidates += [Candidate(rank, rope, error(truncated(largest, rank))) for rank in ranks if rank >= 8]
+    return candidates
+
+
 def _solve_layer(
     job: _Job,
     original: Original,
@@ -410,6 +494,7 @@ def _solve_layer(
     inputs: LayerInputs,
     train: _Text,
     held_out: _Text,
+    candidate: Candidate,
 ) -> tuple[MLALayer, LayerReport]:
     """One layer's MLA weights; the original's streams of both texts come out behind the layer."""
     weights = job.architecture.projections(layer.get_submodule("self_attn"))
@@ -419,30 +504,34 @@ def _solve_layer(
     probe: list[AttentionIO] = []
     run_layer(layer, held_out.original, inputs, probe.append)
     error = partial(_attention_error, original, index, probe, inputs)
-    if not job.plan.refine_steps:
-        run_layer(layer, train.original, inputs, collector)
-        statistics = collector.statistics()
-        return group.from_first(lambda: _convert_layer(job, weights, statistics, original.rope_scale, error))
-
-    # What the converted model's layer gets in, and what it should give.
     pairs: list[AttentionIO] = []
-    run_layer(layer, train.original, inputs, pairs.append)
-    norm = layer.get_submodule("input_layernorm")
-    with torch.inference_mode():
-        pairs = [(norm(hidden), y) for hidden, (_, y) in zip(train.converted, pairs, strict=True)]
-        unseen = [(norm(hidden), y) for hidden, (_, y) in zip(held_out.converted, probe, strict=True)]
-        for pair in pairs:
-            collector(pair)
+    unseen: list[AttentionIO] = []
+    if job.plan.refine_steps:
+        # What the converted model's layer gets in, and what it should give.
+        run_layer(layer, train.original, inputs, pairs.append)
+        norm = layer.get_submodule("input_layernorm")
+        with torch.inference_mode():
+            pairs = [(norm(hidden), y) for hidden, (_, y) in zip(train.converted, pairs, strict=True)]
+            unseen = [(norm(hidden), y) for hidden, (_, y) in zip(held_out.converted, probe, strict=True)]
+            for pair in pairs:
+                collector(pair)
+    else:
+        run_layer(layer, train.original, inputs, collector)
     statistics = collector.statistics()
-    mla, report = group.from_first(lambda: _convert_layer(job, weights, statistics, original.rope_scale, error))
-    attention = _attention(original, mla, index)
-    before, after = refine(attention, pairs, unseen, inputs, steps=job.plan.refine_steps, seed=job.seed + index)
-    mla = replace(mla, weights=dict(attention.state_dict()))
-    return mla, replace(report, error_before_refinement=before, error_after_refinement=after)
+    mla, report = group.from_first(
+        lambda: _convert_layer(job, candidate, weights, statistics, original.rope_scale, error)
+    )
+    if job.plan.refine_steps:
+        attention = _attention(original, mla, index)
+        before, after = refine(attention, pairs, unseen, inputs, steps=job.plan.refine_steps, seed=job.seed + index)
+        mla = replace(mla, weights=dict(attention.state_dict()))
+        report = replace(report, error_before_refinement=before, error_after_refinement=after)
+    return mla, report
 
 
 def _convert_layer(
     job: _Job,
+    candidate: Candidate,
     weights: Projections,
     statistics: LayerStatistics,
     rope_scale: float,
@@ -455,11 +544,11 @@ def _convert_layer(
     q_basis = None
     if job.target.q_lora_rank is not None and statistics.q is not None:
         q_basis, _ = leading_basis(statistics.q, job.target.q_lora_rank)
-    for freqfold in job.freqfolds:
-        slots = rope_slots(job.shape, job.qk_rope_head_dim, freqfold, job.export.frequencies)
+    for freqfold in _freqfolds(job.shape, candidate.qk_rope_head_dim, job.freqfold, job.plan.method):
+        slots = rope_slots(job.shape, candidate.qk_rope_head_dim, freqfold, job.export.frequencies)
         split = split_rope(statistics.keys, job.shape, freqfold, slots, queries)
         metrics = None if queries is None or value_metric is None else (_key_metric(split, queries), value_metric)
-        latent = joint_latent(statistics.kv, split.nope_keys.flatten(1), job.target.kv_lora_rank, metrics)
+        latent = joint_latent(statistics.kv, split.nope_keys.flatten(1), candidate.kv_lora_rank, metrics)
         mla = build_layer(weights, job.shape, split, latent, rope_scale, q_basis)
         report = LayerReport(
             freqfold=freqfold,
@@ -628,7 +717,8 @@ def _peak_memory(
     return _LIBRARIES_BYTES + streams + max(solving, refining, head)
 
 
-def _check_disk(out_path: Path, output_bytes: int) -> None:
+def check_disk(out_path: Path, output_bytes: int) -> None:
+    """ValueError if the disk is too full for what is to be written."""
     parent = next(path for path in out_path.resolve().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < output_bytes:

@@ -23,13 +23,13 @@ class ConversionPlan:
     dtype: str
     num_layers: int
     attention: dict[str, int]  # the original's shape
-    mla: dict[str, int | None]  # shape of the converted layers
+    mla: dict[str, int | str | None]  # shape of the converted layers; "auto" differs from layer to layer
     freqfold: list[int]  # candidates; the one with the least error on held-out text is taken, layer by layer
     refine_steps: int  # of each layer; 0 is the closed form alone
     calibration_tokens: int
     held_out_tokens: int
     cache_bytes_before: int  # per token, all layers, at `dtype`
-    cache_bytes_after: int  # per token, all layers, as an engine that loads this format caches it
+    cache_bytes_after: int  # per token, all layers, as an engine that loads this format caches it; "auto": at most
     output_bytes: int
     peak_memory_bytes: int  # estimate, resident, the interpreter and libraries included
 

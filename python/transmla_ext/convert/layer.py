@@ -96,7 +96,9 @@ def build_layer(
         named |= {"q_proj.weight": q_source, "q_proj.bias": b_q}
     else:
         named |= {"q_a_proj.weight": q_basis.mT @ w_q, "q_b_proj.weight": q_source, "q_b_proj.bias": b_q}
-    return MLALayer(config, {name: w.float().contiguous() for name, w in named.items() if w is not None})
+    # Copies, of w_o and the norms too: the layer may be trained, and the original has to stay what it is.
+    own_weights = {name: w.to(torch.float32, copy=True).contiguous() for name, w in named.items() if w is not None}
+    return MLALayer(config, own_weights)
 
 
 def truncated(layer: MLALayer, kv_lora_rank: int) -> MLALayer:

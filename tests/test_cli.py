@@ -112,7 +112,10 @@ def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
         assert word in result.out
 
 
-@pytest.mark.parametrize(("command", "default"), [("convert", "free]"), ("generate", "checkpoint's]"), ("plan", "%]")])
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [("convert", "free]"), ("compare", "convert's]"), ("generate", "checkpoint's]"), ("plan", "%]")],
+)
 def test_help_has_examples_and_defaults(run: Callable[..., Result], command: str, default: str) -> None:
     text = run(command, "--help").out
     assert "Example" in text

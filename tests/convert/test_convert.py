@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import transmla_ext
 from transmla_ext.convert import ConversionReport, dry_run
+from transmla_ext.convert.calibrate import Predictions, recall_tokens, recalled
 
 SMALL: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128, "refine_steps": 3, "progress": False}
 
@@ -160,15 +161,35 @@ def test_report_holds_what_the_model_does(tiny_llama: Callable[..., Path], tmp_p
     assert "excess nats" in (tmp_path / "out" / "conversion_report.txt").read_text()
 
 
-def test_converted_perplexity_is_that_of_the_written_model(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    model = tiny_llama()
+def test_report_is_what_the_written_model_does(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_llama(max_position_embeddings=1024)
     text = "the quick brown fox jumps over the lazy dog, " * 400
-    report = convert(model, tmp_path / "out", calibration=[text], kv_lora_rank=24, qk_rope_head_dim=8)
-    held_out = token_rows(model, text, 9, 128)[8:]
-    for path, perplexity in ((model, report.perplexity_before), (tmp_path / "out", report.perplexity_after)):
-        rows = logits(path, held_out)[:, :-1].flatten(0, 1)
-        nll = torch.nn.functional.cross_entropy(rows, held_out[:, 1:].flatten())
-        assert float(nll.exp()) == pytest.approx(perplexity, rel=1e-4)
+    for name, test in (("held out", None), ("test text", ["she sells sea shells by the sea shore, " * 100])):
+        out = tmp_path / name
+        report = convert(model, out, calibration=[text], test=test, kv_lora_rank=24, qk_rope_head_dim=8)
+        tokens = token_rows(model, text, 9, 128)[8:] if test is None else token_rows(model, test[0], 20, 128)
+        assert report.test_tokens == tokens.numel()
+        likeliest = []
+        for path, perplexity in ((model, report.perplexity_before), (out, report.perplexity_after)):
+            rows = logits(path, tokens)[:, :-1].flatten(0, 1)
+            nll = torch.nn.functional.cross_entropy(rows, tokens[:, 1:].flatten())
+            assert float(nll.exp()) == pytest.approx(perplexity, rel=1e-4)
+            likeliest.append(rows.argmax(-1))
+        assert report.agreement == pytest.approx(float((likeliest[0] == likeliest[1]).float().mean()), abs=2e-3)
+        assert list(report.recall) == [512]  # the model has no room for 2048
+
+
+def test_recall_asks_for_a_random_string_again() -> None:
+    text = torch.arange(100, 400).view(3, 100)
+    tokens = recall_tokens(text, distance=150, num_sequences=2)
+    assert tokens.shape == (2, 150 + 64)
+    assert torch.equal(tokens[:, 150:], tokens[:, :64])
+    assert torch.equal(tokens[:, 64:150], text.flatten().view(2, 150)[:, 64:])
+    assert not torch.equal(tokens[0, :64], tokens[1, :64])
+    assert recalled(Predictions(0.0, tokens[:, 1:]), tokens) == 1.0
+    wrong = tokens[:, 1:].clone()
+    wrong[0, -28:] = 0
+    assert recalled(Predictions(0.0, wrong), tokens) == 0.75
 
 
 SCRIPT = """

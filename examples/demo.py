@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the converted model and the picture")
     parser.add_argument("--kv-lora-rank", type=int, default=88)
     parser.add_argument("--qk-rope-head-dim", type=int, default=32)
+    parser.add_argument("--refine-steps", type=int, default=40, help="fewer than convert()'s default, to be quick")
     arguments = parser.parse_args()
 
     console = Console()
@@ -64,7 +65,7 @@ def main() -> None:
             **options,
         )
 
-    report = convert("mla")
+    report = convert("mla", refine_steps=arguments.refine_steps)
     console.print(report.table())
     console.print("Again, by the method of the TransMLA paper, for comparison")
     convert("transmla", method="transmla")
@@ -77,7 +78,7 @@ def main() -> None:
         after = measure_converted(arguments.out / "mla", tokenizer, tokens, report.plan.cache_bytes_after)
         transmla = converted_perplexity(arguments.out / "transmla", tokens)
     console.print(comparison(before, after, transmla))
-    for title, measured in (("original", before), ("converted, no training", after)):
+    for title, measured in (("original", before), ("converted", after)):
         console.print(Panel(PROMPT + measured.paragraph, title=title))
     picture = arguments.out / "demo.png"
     draw(before, after, transmla, report, picture)
@@ -176,7 +177,7 @@ def draw(before: Measured, after: Measured, transmla: float, report: Any, path: 
     speed.margins(y=0.1)
     layers.bar(range(len(report.layers)), [layer.attention_error for layer in report.layers], color="tab:red")
     layers.set(title="attention-output error", xlabel="layer")
-    figure.suptitle("SmolLM2-135M, before (gray) and after (blue) conversion to MLA, without training")
+    figure.suptitle("SmolLM2-135M, before (gray) and after (blue) conversion to MLA")
     figure.savefig(path, dpi=120)
 
 

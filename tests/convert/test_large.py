@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,9 +20,9 @@ from transmla_ext.convert import dry_run
 LAYERS = 1  # that are converted; more of them take time and no more memory
 SCRIPT = """
 import re, sys, transmla_ext
-model, out, layers = sys.argv[1:]
+model, out, layers, refine_steps = sys.argv[1:]
 transmla_ext.convert(model, out, kv_lora_rank=512, qk_rope_head_dim=64, freqfold=2, layers=int(layers),
-                     calibration_tokens=2048, progress=False)
+                     calibration_tokens=2048, refine_steps=int(refine_steps), progress=False)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
 
@@ -66,17 +67,19 @@ def _write_holes(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_7b_model_is_converted_in_less_than_6_gb(llama2_7b: Path, tmp_path: Path) -> None:
+def test_a_7b_model_is_converted_in_less_than_6_gb_and_refined_in_less_than_8(llama2_7b: Path, tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in llama2_7b.glob("*.safetensors")) > 13e9
     options = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    whole = dry_run(llama2_7b, **options)
-    assert whole.num_layers == 32
-    assert whole.peak_memory_bytes < 6e9
-
-    arguments = [str(llama2_7b), str(tmp_path / "out"), str(LAYERS)]
-    run = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
-    peak = int(run.stdout) * 1024
-    # The whole conversion holds the same, and the calibration tokens that were spared here.
-    short = dry_run(llama2_7b, calibration_tokens=2048, layers=LAYERS, **options)
-    assert peak < short.peak_memory_bytes
-    assert peak + whole.peak_memory_bytes - short.peak_memory_bytes < 6e9
+    for refine_steps, limit in ((0, 6e9), (1, 8e9)):
+        out = tmp_path / f"out-{refine_steps}"
+        arguments = [str(llama2_7b), str(out), str(LAYERS), str(refine_steps)]
+        run = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
+        peak = int(run.stdout) * 1024
+        # The whole conversion holds the same, and the calibration tokens that were spared here.
+        whole = dry_run(llama2_7b, refine_steps=refine_steps, **options)
+        assert whole.num_layers == 32
+        assert whole.peak_memory_bytes < limit
+        short = dry_run(llama2_7b, refine_steps=refine_steps, calibration_tokens=2048, layers=LAYERS, **options)
+        assert peak < short.peak_memory_bytes
+        assert peak + whole.peak_memory_bytes - short.peak_memory_bytes < limit
+        shutil.rmtree(out)

@@ -73,6 +73,19 @@ def test_layers_converts_a_model_of_the_first_ones(
     assert run("generate", tmp_path / "out", "while True:", "--max-new-tokens", 2).code == 0
 
 
+def test_compare_writes_how_it_was_called(
+    run: Callable[..., Result], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = ("--layers", 1, "--refine-steps", 1, "--seed", 5, "--format", "deepseek_v3")
+    compared = run("compare", tiny_llama(), tmp_path / "out", *SMALL, *own, "--quiet")
+    assert compared.code == 0, compared.err
+    assert "TransMLA" in compared.out
+    written = (tmp_path / "out" / "compare.md").read_text()
+    for option, value in zip((*SMALL, *own)[::2], (*SMALL, *own)[1::2], strict=True):
+        assert f" {option} {value} " in written
+    assert run("generate", tmp_path / "out" / "auto", "while True:", "--max-new-tokens", 2).code == 0
+
+
 def test_a_mistake_is_one_line_that_says_what_to_do(
     run: Callable[..., Result], tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:

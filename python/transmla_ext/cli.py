@@ -214,7 +214,7 @@ def compare(
     )
     console = Console()
     console.print(comparison.table())
-    console.print(f"written to {out}; its best model: {out / 'auto'}", highlight=False)
+    console.print(f"written to {out}; try: transmla generate {out / 'auto'} 'Once upon a time'", highlight=False)
 
 
 @app.command(epilog="Example:\n\n  transmla generate out/ 'The capital of France is' --max-new-tokens 32")

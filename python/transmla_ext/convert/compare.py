@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich import print as print_rich
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..checkpoint import open_checkpoint, staging
@@ -57,9 +58,10 @@ class Comparison:
     variants: list[Variant]
 
     def table(self) -> Table:
-        table = Table()
-        for heading in self._headings():
-            table.add_column(heading, justify="right" if heading else "left")
+        names, *figures = self._headings()
+        table = Table(names, box=SIMPLE_HEAD, padding=0)
+        for heading in figures:  # a word a line: only the names are left to wrap in a terminal of 80 columns
+            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
         for variant in self.variants:
             table.add_row(*_cells(variant))
         return table
@@ -96,8 +98,8 @@ class Comparison:
 
     def _headings(self) -> list[str]:
         recalls = [f"recall at {int(distance):,}" for distance in self.variants[0].recall]
-        losses = ["perplexity", "excess nats", "of TransMLA's", "same top-1"]
-        return ["", *losses, *recalls, "cache bytes per token", "seconds"]
+        losses = ["perplexity", "excess nats", "ratio to TransMLA", "same top-1"]
+        return ["", *losses, *recalls, "cache bytes", "seconds"]
 
 
 def compare(
@@ -144,7 +146,7 @@ def compare(
     plan = dry_run(model_path, **options)
     options["refine_steps"] = plan.refine_steps
     if not plan.refine_steps:
-        raise ValueError("compare: refine_steps must be >= 1, got 0; what it is like without is compared anyway")
+        raise ValueError("compare: refine_steps must be >= 1, got 0; without any is compared anyway")
     if out_path.exists() and not (out_path.is_dir() and not any(out_path.iterdir())):
         raise ValueError(f"output path {out_path} is there and no empty directory; choose another")
     check_disk(out_path, len(_VARIANTS) * plan.output_bytes)
@@ -238,7 +240,7 @@ def _cells(variant: Variant) -> list[str]:
 def _seconds(variant: Variant) -> str:
     if variant.directory is None:
         return "–"
-    return "resumed" if variant.seconds is None else f"{variant.seconds:.0f}"
+    return "resumed" if variant.seconds is None else f"{variant.seconds:,.0f}"
 
 
 def _command(model_path: str | Path, options: dict[str, Any]) -> str:

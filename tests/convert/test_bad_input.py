@@ -76,6 +76,8 @@ def edit_weights(model: Path, name: str, change: Callable[[torch.Tensor], torch.
         ({"calibration": ["too short"]}, ["calibration text too short", "lower calibration_tokens=512"]),
         ({"calibration": "no-such-file.txt"}, ["no-such-file.txt"]),
         ({"calibration_tokens": 0}, ["calibration_tokens", "got 0"]),
+        ({"refine_steps": -1}, ["refine_steps", "got -1"]),
+        ({"test": ["too short"]}, ["test text too short", "one sequence of 128 tokens"]),
         ({"layers": 3}, ["layers must be from 1 to the model's 2", "got 3"]),
         ({"sequence_length": 100000}, ["sequence_length=100000", "512 positions"]),
     ],
@@ -88,6 +90,9 @@ def test_unknown_architecture_names_the_supported_ones(model: Path) -> None:
     for model_type in ("gpt2", "no_such_model"):
         edit_config(model, model_type=model_type)
         assert_refused(model, UnsupportedModelError, model_type, "supported: gemma2,", "llama")
+    for model_type in ("transmla_llama", "deepseek_v3"):
+        edit_config(model, model_type=model_type)
+        assert_refused(model, UnsupportedModelError, model_type, "latent attention already")
 
 
 def test_tensors_that_the_config_has_no_place_for(model: Path) -> None:

@@ -26,6 +26,8 @@ ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture 
 
 def family(model_type: str) -> Architecture:
     """The family of that name; UnsupportedModelError, naming those that are there, if there is none."""
+    if model_type.startswith(("transmla_", "deepseek_v")):
+        raise UnsupportedModelError(f"model_type '{model_type}' has multi-head latent attention already")
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"

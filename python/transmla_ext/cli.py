@@ -90,7 +90,7 @@ def convert(
     ] = MethodName.auto,
     freqfold: Annotated[str, typer.Option(help="RoPE frequencies folded into one, or 'auto'.")] = "auto",
     refine_steps: Annotated[
-        int | None, typer.Option(help="Training steps of each layer. \\[default: 100; none with method transmla]")
+        int | None, typer.Option(help="Training steps of each layer. \\[default: 400; none with method transmla]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of those steps.")] = 0,
     calibration: Annotated[

@@ -83,7 +83,7 @@ def test_a_seed_gives_the_same_weights_again(teacher: MLAAttention) -> None:
     train, unseen = pairs(teacher, 4, seed=1), pairs(teacher, 1, seed=2)
     students = [copy.deepcopy(start) for _ in range(3)]
     for student, seed in zip(students, (3, 3, 4), strict=True):
-        # A step takes 64 of these 96 sequences.
+        # A step takes 16 of these 96 sequences.
         refine(student, [(x[:3], y[:3]) for x, y in train] * 8, unseen, layer_inputs(), steps=5, seed=seed)
     once, again, other = (student.kv_b_proj.weight for student in students)
     assert torch.equal(once, again)

@@ -62,7 +62,7 @@ __all__ = ["ConversionOptions", "Method", "check_disk", "convert", "dry_run"]
 
 Method = Literal["auto", "transmla"]
 
-_REFINE_STEPS = 100
+_REFINE_STEPS = 400
 _ALLOCATION = "layer-shapes.json"
 _SURVEY_TOKENS = 8192  # to measure on what a layer would gain by more cache
 _SURVEY_SHARES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of an average layer's cache
@@ -123,8 +123,8 @@ def convert(
             and SGLang load.
         method: "transmla" (Meng et al., arXiv 2502.07864), or "auto", the default, whose bases know what reads them:
             keys count by the queries of their heads, values by W_O, and RoPE pairs are rotated as complex numbers.
-        refine_steps: of Adam on each layer after that, 2048 calibration tokens each, so that its output is the
-            original's whatever the layers before it lost. Default: 100 with method "auto", none with "transmla" or
+        refine_steps: of Adam on each layer after that, 512 calibration tokens each, so that its output is the
+            original's whatever the layers before it lost. Default: 400 with method "auto", none with "transmla" or
             where nothing is lost.
         seed: of the refinement's batches.
         freqfold: adjacent RoPE frequencies treated as one. "auto" (default): the fewest; with method "transmla" each

@@ -1,6 +1,7 @@
-"""The conversion, top to bottom: calibrate, rope_split, low_rank, layer, export, report; pipeline runs them.
+"""The conversion, top to bottom: calibrate, rope_split, low_rank, layer, refine, export, report; pipeline runs them.
 
-compare sets their results side by side.
+allocate deals a cache budget out over the layers, group is the processes that share the work, and compare sets methods
+side by side.
 """
 
 from .compare import Comparison, Variant, compare

@@ -357,6 +357,8 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
     """Converts the attention layers one after the other; each one done is in the first process' staging directory."""
     original = Original(job.source, job.architecture, job.device)
     train = _Text(original, tokens.train[group.rank() :: group.size()])
+    if not job.plan.refine_steps:
+        train.converted.clear()  # nothing is learned from it
     held_out = _Text(original, tokens.held_out)
     test = held_out if tokens.test is tokens.held_out else _Text(original, tokens.test)
     most = original.config.max_position_embeddings - RECALL_STRING
@@ -390,9 +392,7 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
         for text, its_inputs in judged:
             run_layer(layer, text.original, its_inputs)
         layer.register_module("self_attn", _attention(original, mla, index))
-        if job.plan.refine_steps:
-            run_layer(layer, train.converted, inputs)
-        for text, its_inputs in [(held_out, inputs), *judged]:
+        for text, its_inputs in [(train, inputs), (held_out, inputs), *judged]:
             run_layer(layer, text.converted, its_inputs)
         layer.register_module("self_attn", attention)
         original.unload(index)

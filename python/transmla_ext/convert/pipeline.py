@@ -508,10 +508,11 @@ def _solve_layer(
     unseen: list[AttentionIO] = []
     if job.plan.refine_steps:
         # What the converted model's layer gets in, and what it should give.
-        run_layer(layer, train.original, inputs, pairs.append)
+        outputs: list[Tensor] = []
+        run_layer(layer, train.original, inputs, lambda io: outputs.append(io[1]))
         norm = layer.get_submodule("input_layernorm")
         with torch.inference_mode():
-            pairs = [(norm(hidden), y) for hidden, (_, y) in zip(train.converted, pairs, strict=True)]
+            pairs = [(norm(hidden), y) for hidden, y in zip(train.converted, outputs, strict=True)]
             unseen = [(norm(hidden), y) for hidden, (_, y) in zip(held_out.converted, probe, strict=True)]
             for pair in pairs:
                 collector(pair)

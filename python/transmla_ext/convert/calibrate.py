@@ -232,11 +232,13 @@ class Original:
         with torch.inference_mode():
             rows = (row for batch in stream for row in batch)
             for hidden, row_tokens in zip(rows, tokens.to(self.device), strict=True):
-                logits = self.architecture.logits(self.config, F.linear(norm(hidden[:-1]), head))
-                total += F.cross_entropy(logits, row_tokens[1:], reduction="sum").item()
-                likeliest.append(logits.argmax(-1).cpu())
+                # A large vocabulary's logits of a long sequence would be the most memory that a conversion takes.
+                for part, wanted in zip(hidden[:-1].split(512), row_tokens[1:].split(512), strict=True):
+                    logits = self.architecture.logits(self.config, F.linear(norm(part), head))
+                    total += F.cross_entropy(logits, wanted, reduction="sum").item()
+                    likeliest.append(logits.argmax(-1).cpu())
         self._unload(norm)
-        return Predictions(total / tokens[:, 1:].numel(), torch.stack(likeliest))
+        return Predictions(total / tokens[:, 1:].numel(), torch.cat(likeliest).view(len(tokens), -1))
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         names = [name for name, _ in module.named_parameters()]

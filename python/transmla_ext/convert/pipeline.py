@@ -712,7 +712,7 @@ def _peak_memory(
         refining = layer_bytes + 6 * 4 * weights + 4 * 4 * BATCH_TOKENS * shape.num_heads * head_dims
     vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
     # The head, and logits of a sequence with what the loss makes of them.
-    head = 4 * vocab_size * (2 * hidden_size + 4 * sequence_length)
+    head = 4 * vocab_size * (2 * hidden_size + 4 * min(sequence_length, 512))
     # Both models' hidden states and, while a layer is refined, its inputs and outputs.
     streams = 4 * num_tokens * shape.hidden_size * (1 if refined is None else 4)
     return _LIBRARIES_BYTES + streams + max(solving, refining, head)

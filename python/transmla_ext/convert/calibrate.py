@@ -222,23 +222,26 @@ class Original:
     def unload(self, index: int) -> None:
         self._unload(self._skeleton.model.layers[index])
 
-    def predictions(self, stream: Stream, tokens: Tensor) -> Predictions:
-        """What the final norm and head make of a stream of `tokens`, [num_sequences, sequence_length]."""
+    def predictions(self, texts: Sequence[tuple[Stream, Tensor]]) -> list[Predictions]:
+        """What the final norm and head make of streams of tokens, [num_sequences, sequence_length] each."""
         norm = self._load(self._skeleton.model.norm, "model.norm")
         tied = self.config.tie_word_embeddings
         head = self.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
         head = head.to(self.device, torch.float32)
-        total, likeliest = 0.0, []
-        with torch.inference_mode():
-            rows = (row for batch in stream for row in batch)
-            for hidden, row_tokens in zip(rows, tokens.to(self.device), strict=True):
-                # A large vocabulary's logits of a long sequence would be the most memory that a conversion takes.
-                for part, wanted in zip(hidden[:-1].split(512), row_tokens[1:].split(512), strict=True):
-                    logits = self.architecture.logits(self.config, F.linear(norm(part), head))
-                    total += F.cross_entropy(logits, wanted, reduction="sum").item()
-                    likeliest.append(logits.argmax(-1).cpu())
+        results = []
+        for stream, tokens in texts:
+            total, likeliest = 0.0, []
+            with torch.inference_mode():
+                rows = (row for batch in stream for row in batch)
+                for hidden, row_tokens in zip(rows, tokens.to(self.device), strict=True):
+                    # A large vocabulary's logits of a long sequence would be the most memory that a conversion takes.
+                    for part, wanted in zip(hidden[:-1].split(512), row_tokens[1:].split(512), strict=True):
+                        logits = self.architecture.logits(self.config, F.linear(norm(part), head))
+                        total += F.cross_entropy(logits, wanted, reduction="sum").item()
+                        likeliest.append(logits.argmax(-1).cpu())
+            results.append(Predictions(total / tokens[:, 1:].numel(), torch.cat(likeliest).view(len(tokens), -1)))
         self._unload(norm)
-        return Predictions(total / tokens[:, 1:].numel(), torch.cat(likeliest).view(len(tokens), -1))
+        return results
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         names = [name for name, _ in module.named_parameters()]

@@ -40,7 +40,6 @@ from .calibrate import (
     LayerInputs,
     LayerStatistics,
     Original,
-    Predictions,
     StatisticsCollector,
     Stream,
     calibration_tokens,
@@ -367,7 +366,7 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
         for distance, num_sequences in _RECALL_DISTANCES.items()
         if distance <= most
     }
-    judges = [*recalls.values()] if test is held_out else [test, *recalls.values()]
+    judges = [text for text in (test, *recalls.values()) if text is not held_out]
     uniform = Candidate(job.target.kv_lora_rank, job.qk_rope_head_dim)
     candidates = [uniform] * job.plan.num_layers
     if job.cache_budget is not None:
@@ -397,7 +396,11 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
         layer.register_module("self_attn", attention)
         original.unload(index)
 
-    before, after = test.predictions(original)
+    texts = [test, *recalls.values()]
+    of_original = original.predictions([(text.original, text.tokens) for text in texts])
+    of_converted = original.predictions([(text.converted, text.tokens) for text in texts])
+    before, after = of_original[0], of_converted[0]
+    asked = zip(recalls.items(), of_original[1:], of_converted[1:], strict=True)
     return ConversionReport(
         plan=job.plan,
         layers=reports,
@@ -405,10 +408,7 @@ def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Pro
         perplexity_before=math.exp(before.nats),
         perplexity_after=math.exp(after.nats),
         agreement=float((before.likeliest == after.likeliest).float().mean()),
-        recall={
-            distance: [recalled(seen, text.tokens) for seen in text.predictions(original)]
-            for distance, text in recalls.items()
-        },
+        recall={distance: [recalled(seen, text.tokens) for seen in both] for (distance, text), *both in asked},
     )
 
 
@@ -419,9 +419,6 @@ class _Text:
         self.tokens = tokens
         self.original = original.stream(tokens)
         self.converted = list(self.original)
-
-    def predictions(self, original: Original) -> tuple[Predictions, Predictions]:
-        return original.predictions(self.original, self.tokens), original.predictions(self.converted, self.tokens)
 
 
 def _allocation(

@@ -41,6 +41,21 @@ class DTypeName(str, Enum):
     float16 = "float16"
 
 
+# What several commands take.
+Source = Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")]
+RopeDim = Annotated[int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: the most up to 64]")]
+OutputFormat = Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")]
+Seed = Annotated[int, typer.Option(help="Of the refinement's batches.")]
+Calibration = Annotated[
+    str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
+]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens to calibrate on.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
+Device = Annotated[str, typer.Option(help="Where to compute.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Layers = Annotated[int | None, typer.Option(help="Take the first so many layers for the whole model: a trial.")]
+
+
 def _int_or(text: str, words: tuple[str, ...], option: str) -> int | str:
     if text in words:
         return text
@@ -71,20 +86,18 @@ def models() -> None:
     "  torchrun --nproc-per-node 8 -m transmla_ext convert Llama-2-7b-hf out/ --calibration-tokens 1000000"
 )
 def convert(
-    model: Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")],
+    model: Source,
     out: Annotated[Path, typer.Argument(help="Directory to write; appears when it is complete.")],
     kv_lora_rank: Annotated[
         str,
         typer.Option(help="Numbers of the latent per token; 'full': nothing lost; 'auto': each layer's own."),
     ] = "512",
-    qk_rope_head_dim: Annotated[
-        int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: the most up to 64]")
-    ] = None,
+    qk_rope_head_dim: RopeDim = None,
     q_lora_rank: Annotated[int | None, typer.Option(help="Factor the query projection too, to this rank.")] = None,
     cache_bytes: Annotated[
         int | None, typer.Option(help="For --kv-lora-rank auto: what a token may take, all layers together.")
     ] = None,
-    format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
+    format: OutputFormat = FormatName.transmla,
     method: Annotated[
         MethodName, typer.Option(help="Bases that know what reads them, or TransMLA's.")
     ] = MethodName.auto,
@@ -92,29 +105,25 @@ def convert(
     refine_steps: Annotated[
         int | None, typer.Option(help="Training steps of each layer. \\[default: 400; none with method transmla]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of those steps.")] = 0,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
-    ] = None,
+    seed: Seed = 0,
+    calibration: Calibration = None,
     test: Annotated[
         str | None, typer.Option(help="Text to judge by, likewise. \\[default: calibration text held out]")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
-    layers: Annotated[
-        int | None, typer.Option(help="Convert the first so many layers for the whole model: a trial.")
-    ] = None,
+    calibration_tokens: CalibrationTokens = 32768,
+    sequence_length: SequenceLength = 512,
+    layers: Layers = None,
     dtype: Annotated[DTypeName | None, typer.Option(help="Of the written weights. \\[default: the model's]")] = None,
     pad_to_engine: Annotated[
         bool | None,
         typer.Option(help="Stock formats: pad to the shapes that engines' kernels take. \\[default: if free]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output directory.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan: shapes, cache bytes, memory; stop.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a GQA/MHA model to MLA. A killed run resumes when the same command is given again."""
     from .convert import ConversionOptions, group
@@ -165,30 +174,24 @@ def convert(
     "  transmla generate out/auto 'Once upon a time'"
 )
 def compare(
-    model: Annotated[Path, typer.Argument(help="Directory of config.json and safetensors, or a GGUF file.")],
+    model: Source,
     out: Annotated[Path, typer.Argument(help="Directory to write: compare.{json,md,png} and the four models.")],
     kv_lora_rank: Annotated[int, typer.Option(help="Numbers of the latent per token.")] = 512,
-    qk_rope_head_dim: Annotated[
-        int | None, typer.Option(help="Numbers of the shared RoPE key. \\[default: the most up to 64]")
-    ] = None,
-    format: Annotated[FormatName, typer.Option(help="Native, or what unmodified engines load.")] = FormatName.transmla,
+    qk_rope_head_dim: RopeDim = None,
+    format: OutputFormat = FormatName.transmla,
     refine_steps: Annotated[
         int | None, typer.Option(help="Training steps of each layer, where refined. \\[default: convert's]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of those steps.")] = 0,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text file or `datasets` name. \\[default: text that comes with Python]")
-    ] = None,
+    seed: Seed = 0,
+    calibration: Calibration = None,
     test: Annotated[
         str | None, typer.Option(help="Text to judge by, likewise. \\[default: the calibration text's last quarter]")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
-    layers: Annotated[
-        int | None, typer.Option(help="Take the first so many layers for the whole model: a trial.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    calibration_tokens: CalibrationTokens = 32768,
+    sequence_length: SequenceLength = 512,
+    layers: Layers = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
 ) -> None:
     """Convert a model by TransMLA's method and by this package's, ingredient by ingredient, and compare what is lost.
 
@@ -230,7 +233,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     dtype: Annotated[DTypeName | None, typer.Option(help="To compute in. \\[default: the checkpoint's]")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Continue a prompt with a converted model, on this package's kernels."""
     import torch

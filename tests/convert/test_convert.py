@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import transmla_ext
 from transmla_ext.convert import ConversionReport, dry_run
-from transmla_ext.convert.calibrate import Predictions, recall_tokens, recalled
+from transmla_ext.convert.calibrate import Predictions
+from transmla_ext.convert.recall import recall_tokens, recalled
 
 SMALL: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 128, "refine_steps": 3, "progress": False}
 

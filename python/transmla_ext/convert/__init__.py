@@ -5,7 +5,8 @@ side by side.
 """
 
 from .compare import Comparison, Variant, compare
-from .pipeline import ConversionOptions, convert, dry_run
+from .job import ConversionOptions
+from .pipeline import convert, dry_run
 from .report import ConversionPlan, ConversionReport, LayerReport
 
 __all__ = [

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCH_TOKENS",
-    "RECALL_STRING",
     "AttentionIO",
     "CalibrationTokens",
     "LayerInputs",
@@ -32,8 +31,6 @@ __all__ = [
     "StatisticsCollector",
     "Stream",
     "calibration_tokens",
-    "recall_tokens",
-    "recalled",
     "run_layer",
     "split_text",
 ]
@@ -42,7 +39,6 @@ Stream = list[Tensor]  # hidden states of all sequences, in batches [batch_size,
 LayerInputs = dict[str, Any]
 AttentionIO = tuple[Tensor, Tensor]  # an attention layer's input and output, [batch_size, sequence_length, hidden_size]
 
-RECALL_STRING = 64  # tokens
 _TEST_TOKENS = 8192
 BATCH_TOKENS = 2048  # one batch's activations stay in tens of megabytes, and GEMMs are large enough
 
@@ -116,27 +112,6 @@ def _sequences(
     count = min(most, len(ids) // chunk)
     sequences = torch.tensor(ids[: count * chunk], dtype=torch.int64).view(count, chunk)
     return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), sequences], dim=1)
-
-
-def recall_tokens(text: Tensor, distance: int, num_sequences: int) -> Tensor:
-    """Random strings, each repeated `distance` tokens of other text after it began: [num_sequences, distance + 64].
-
-    Args:
-        text: [num_texts, sequence_length], int64; the strings are random choices of its tokens, the filler is the text.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tokens = text.flatten()
-    filler = tokens.repeat(-(-distance * num_sequences // len(tokens)))[: distance * num_sequences]
-    sequences = filler.view(num_sequences, distance).clone()
-    chosen = torch.randint(len(tokens), (num_sequences, RECALL_STRING), generator=generator)
-    sequences[:, :RECALL_STRING] = tokens[chosen]
-    return torch.cat([sequences, sequences[:, :RECALL_STRING]], dim=1)
-
-
-def recalled(predictions: Predictions, tokens: Tensor) -> float:
-    """Fraction of the repeated strings' tokens, after a cue of 8, that are predicted."""
-    asked = RECALL_STRING - 8
-    return float((predictions.likeliest[:, -asked:] == tokens[:, -asked:]).float().mean())
 
 
 def _texts(source: str | Path | Sequence[str] | None) -> Iterator[str]:

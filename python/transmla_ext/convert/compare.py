@@ -19,7 +19,8 @@ from ..checkpoint import open_checkpoint, staging
 from .calibrate import calibration_tokens as read_tokens
 from .calibrate import split_text
 from .export import Format
-from .pipeline import ConversionOptions, Method, check_disk, convert, dry_run
+from .job import ConversionOptions, Method, check_disk
+from .pipeline import convert, dry_run
 
 __all__ = ["Comparison", "Variant", "compare"]
 

@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,22 +19,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .. import models
-from ..architectures import Architecture, AttentionShape, Projections, lookup
-from ..checkpoint import (
-    Checkpoint,
-    Staging,
-    check_out_path,
-    check_shape,
-    open_checkpoint,
-    staging,
-)
+from ..architectures import AttentionShape, Projections
+from ..checkpoint import Checkpoint, Staging, check_out_path, staging
 from ..config import MLAConfig
 from ..errors import CheckpointError
 from . import group
 from .allocate import Candidate, allocate
 from .calibrate import (
     BATCH_TOKENS,
-    RECALL_STRING,
     AttentionIO,
     CalibrationTokens,
     LayerInputs,
@@ -43,50 +35,26 @@ from .calibrate import (
     StatisticsCollector,
     Stream,
     calibration_tokens,
-    recall_tokens,
-    recalled,
     run_layer,
 )
-from .export import Export, Format, NativeExport, StockExport, check_stock
+from .export import check_stock
+from .job import ConversionOptions, Job, candidate_freqfolds, check_disk
 from .layer import MLALayer, build_layer, truncated
 from .low_rank import joint_latent, leading_basis
+from .recall import RECALL_STRING, recall_tokens, recalled
 from .refine import output_error, refine
 from .report import ConversionPlan, ConversionReport, LayerReport
-from .rope_split import RopeSplit, freqfolds, rope_slots, split_rope
+from .rope_split import RopeSplit, rope_slots, split_rope
 
 if TYPE_CHECKING:
     from ..models import MLAAttention
 
-__all__ = ["ConversionOptions", "Method", "check_disk", "convert", "dry_run"]
+__all__ = ["convert", "dry_run"]
 
-Method = Literal["auto", "transmla"]
-
-_REFINE_STEPS = 400
 _ALLOCATION = "layer-shapes.json"
 _SURVEY_TOKENS = 8192  # to measure on what a layer would gain by more cache
 _SURVEY_SHARES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of an average layer's cache
 _RECALL_DISTANCES = {512: 4, 2048: 1}  # tokens: sequences
-_LIBRARIES_BYTES = 700_000_000  # resident with torch and transformers loaded, allocator slack included
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class ConversionOptions(TypedDict, total=False):
-    """What convert() and dry_run() can be told about the result; their docstring explains it."""
-
-    kv_lora_rank: int | Literal["full", "auto"]
-    qk_rope_head_dim: int | None
-    q_lora_rank: int | None
-    cache_bytes: int | None
-    format: Format
-    method: Method
-    freqfold: int | Literal["auto"]
-    refine_steps: int | None
-    seed: int
-    calibration_tokens: int
-    sequence_length: int
-    layers: int | None
-    dtype: str | None
-    pad_to_engine: bool | None
 
 
 def convert(
@@ -139,7 +107,7 @@ def convert(
     """
     started = time.monotonic()
     out_path = Path(out_path)
-    job = _Job.prepare(model_path, device=device, **options)
+    job = Job.prepare(model_path, device=device, **options)
     if group.is_first():
         check_out_path(out_path, overwrite=overwrite)
     if job.source.path.resolve().is_relative_to(out_path.resolve()):
@@ -166,193 +134,10 @@ def convert(
 
 def dry_run(model_path: str | Path, **options: Unpack[ConversionOptions]) -> ConversionPlan:
     """What convert() with these options would do: shapes, cache bytes per token, peak memory. Reads no weight."""
-    return _Job.prepare(model_path, **options).plan
+    return Job.prepare(model_path, **options).plan
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A validated conversion."""
-
-    source: Checkpoint
-    architecture: Architecture
-    shape: AttentionShape
-    qk_rope_head_dim: int  # asked for; the target has less where the format lacks a frequency
-    target: MLAConfig  # shape of every layer, of the average one for "auto"; the slots of the first FreqFold candidate
-    freqfold: int | Literal["auto"]
-    cache_budget: int | None  # numbers a token, all layers, to be dealt out
-    export: Export
-    seed: int
-    num_tokens: int
-    sequence_length: int
-    device: torch.device
-    plan: ConversionPlan
-
-    @staticmethod
-    def prepare(
-        model_path: str | Path,
-        *,
-        kv_lora_rank: int | Literal["full", "auto"] = 512,
-        qk_rope_head_dim: int | None = None,
-        q_lora_rank: int | None = None,
-        cache_bytes: int | None = None,
-        format: Format = "transmla",
-        method: Method = "auto",
-        freqfold: int | Literal["auto"] = "auto",
-        refine_steps: int | None = None,
-        seed: int = 0,
-        calibration_tokens: int = 32768,
-        sequence_length: int = 512,
-        layers: int | None = None,
-        dtype: str | None = None,
-        pad_to_engine: bool | None = None,
-        device: str = "cpu",
-    ) -> _Job:
-        if method not in get_args(Method):
-            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-        if format not in get_args(Format):
-            raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
-        if sequence_length < 2 or calibration_tokens < 1:
-            raise ValueError(
-                "calibration_tokens must be >= 1 and sequence_length >= 2, "
-                f"got {calibration_tokens} and {sequence_length}"
-            )
-        if -(-calibration_tokens // sequence_length) < group.size():
-            raise ValueError(
-                f"calibration_tokens={calibration_tokens} is less than one sequence of {sequence_length} for each of "
-                f"{group.size()} processes"
-            )
-        if refine_steps is not None and refine_steps < 0:
-            raise ValueError(f"refine_steps must be >= 0, got {refine_steps}")
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        source = open_checkpoint(model_path, num_layers=layers)
-        architecture = lookup(source.config)
-        _check_shapes(source)
-        if sequence_length > source.config.max_position_embeddings:
-            most = source.config.max_position_embeddings
-            raise ValueError(f"sequence_length={sequence_length} exceeds the model's {most} positions")
-        shape = architecture.shape(source.config)
-        out_dtype = source.dtype if dtype is None else _DTYPES[dtype]
-        num_layers = source.config.num_hidden_layers
-        budget = None
-        if (kv_lora_rank == "auto") != (cache_bytes is not None):
-            raise ValueError("kv_lora_rank='auto' and cache_bytes, what it may use, go together; give both or neither")
-        if cache_bytes is not None:
-            if format != "transmla" or freqfold != "auto":
-                raise ValueError("kv_lora_rank='auto' is for the native format and freqfold='auto'")
-            budget = cache_bytes // out_dtype.itemsize
-        rank, rope = _ranks(shape, kv_lora_rank, qk_rope_head_dim, q_lora_rank, (budget or 0) // num_layers)
-        if refine_steps is None:
-            refine_steps = _REFINE_STEPS if method == "auto" and kv_lora_rank != "full" else 0
-        export: Export = NativeExport(source.config, out_dtype)
-        if format != "transmla":
-            export = StockExport(
-                source.config, out_dtype, architecture, format, rank, rope, pad_to_engine=pad_to_engine
-            )
-        elif pad_to_engine:
-            raise ValueError("pad_to_engine is for the stock formats; the native format is never padded")
-        folds = _freqfolds(shape, rope, freqfold, method)
-        slots = rope_slots(shape, rope, folds[0], export.frequencies)
-        target = MLAConfig(
-            kv_lora_rank=rank,
-            qk_rope_head_dim=2 * sum(map(len, slots)),
-            qk_nope_head_dim=0 if rope == shape.kv_dim else shape.head_dim,
-            v_head_dim=shape.head_dim,
-            rope_slots=tuple(slot for fold in slots for slot in fold),
-            q_lora_rank=q_lora_rank,
-        )
-
-        num_train = -(-calibration_tokens // sequence_length)
-        num_held_out = max(1, num_train // 8)
-        per_number = num_layers * out_dtype.itemsize
-        job_plan = ConversionPlan(
-            model=Path(model_path).resolve().name,
-            format=format,
-            method=method,
-            dtype=str(out_dtype).removeprefix("torch."),
-            num_layers=num_layers,
-            attention={
-                "hidden_size": shape.hidden_size,
-                "num_attention_heads": shape.num_heads,
-                "num_key_value_heads": shape.num_kv_heads,
-                "head_dim": shape.head_dim,
-            },
-            mla={
-                "kv_lora_rank": target.kv_lora_rank if budget is None else "auto",
-                "qk_rope_head_dim": target.qk_rope_head_dim if budget is None else "auto",
-                "qk_nope_head_dim": target.qk_nope_head_dim,
-                "v_head_dim": target.v_head_dim,
-                "q_lora_rank": target.q_lora_rank,
-            },
-            freqfold=folds,
-            refine_steps=refine_steps,
-            calibration_tokens=num_train * sequence_length,
-            held_out_tokens=num_held_out * sequence_length,
-            cache_bytes_before=shape.cache_dim * per_number,
-            cache_bytes_after=export.cache_dim(target) * per_number if cache_bytes is None else cache_bytes,
-            output_bytes=_output_bytes(source, export, target, num_layers),
-            peak_memory_bytes=_peak_memory(
-                source,
-                shape,
-                target if refine_steps else None,
-                (num_train + 2 * num_held_out) * sequence_length,
-                sequence_length,
-            ),
-        )
-        return _Job(
-            source,
-            architecture,
-            shape,
-            rope,
-            target,
-            freqfold,
-            budget,
-            export,
-            seed,
-            calibration_tokens,
-            sequence_length,
-            torch.device(device),
-            job_plan,
-        )
-
-
-def _ranks(
-    shape: AttentionShape,
-    kv_lora_rank: int | Literal["full", "auto"],
-    qk_rope_head_dim: int | None,
-    q_lora_rank: int | None,
-    mean_cache_dim: int,
-) -> tuple[int, int]:
-    """(kv_lora_rank, qk_rope_head_dim), of an average layer for "auto", or ValueError for a shape that cannot be."""
-    most = min(shape.hidden_size, shape.num_heads * shape.head_dim)
-    if q_lora_rank is not None and not 8 <= q_lora_rank <= most:
-        raise ValueError(f"q_lora_rank must be from 8 to {most}, got {q_lora_rank}")
-    if kv_lora_rank == "full":
-        if qk_rope_head_dim not in (None, shape.rope_dim):
-            raise ValueError(
-                f"kv_lora_rank='full' keeps RoPE on all {shape.rope_dim} key numbers; leave qk_rope_head_dim out, "
-                f"got {qk_rope_head_dim}"
-            )
-        return shape.cache_dim - shape.rope_dim, shape.rope_dim
-    rope = qk_rope_head_dim
-    if rope is None:
-        rope = max((dim for dim in range(8, 65, 8) if shape.rotary_dim % dim == 0), default=0)
-    rank = kv_lora_rank if kv_lora_rank != "auto" else min((mean_cache_dim - rope) // 8 * 8, shape.cache_dim - rope)
-    shape.check_ranks(rank, rope)
-    return rank, rope
-
-
-def _freqfolds(shape: AttentionShape, qk_rope_head_dim: int, freqfold: int | Literal["auto"], method: str) -> list[int]:
-    folds = freqfolds(shape, qk_rope_head_dim)
-    if freqfold == "auto":
-        # With bases that know their queries more folding loses: 1.13 against 0.93 excess nats on SmolLM2 at -68.75 %.
-        return folds[:1] if method == "auto" else folds
-    if freqfold not in folds:
-        raise ValueError(f"freqfold must be 'auto' or one of {', '.join(map(str, folds))}, got {freqfold}")
-    return [freqfold]
-
-
-def _solve(job: _Job, tokens: CalibrationTokens, stage: Staging | None, bar: Progress) -> ConversionReport:
+def _solve(job: Job, tokens: CalibrationTokens, stage: Staging | None, bar: Progress) -> ConversionReport:
     """Converts the attention layers one after the other; each one done is in the first process' staging directory."""
     original = Original(job.source, job.architecture, job.device)
     train = _Text(original, tokens.train[group.rank() :: group.size()])
@@ -422,7 +207,7 @@ class _Text:
 
 
 def _allocation(
-    job: _Job, budget: int, original: Original, tokens: CalibrationTokens, stage: Staging | None, bar: Progress
+    job: Job, budget: int, original: Original, tokens: CalibrationTokens, stage: Staging | None, bar: Progress
 ) -> list[Candidate]:
     """Each layer's shape within the cache budget, from the closed form's errors on a part of the text."""
 
@@ -446,7 +231,7 @@ def _allocation(
     return chosen
 
 
-def _survey_layer(job: _Job, original: Original, index: int, train: Stream, probe: Stream) -> list[Candidate]:
+def _survey_layer(job: Job, original: Original, index: int, train: Stream, probe: Stream) -> list[Candidate]:
     """Shapes for a layer, with the mean of ‖error‖² / ‖output‖² of the tokens' hidden states behind it.
 
     Hidden states are compared, not the attention's output: a layer whose attention hardly matters needs little cache.
@@ -484,7 +269,7 @@ def _survey_layer(job: _Job, original: Original, index: int, train: Stream, prob
 
 
 def _solve_layer(
-    job: _Job,
+    job: Job,
     original: Original,
     index: int,
     layer: nn.Module,
@@ -528,7 +313,7 @@ def _solve_layer(
 
 
 def _convert_layer(
-    job: _Job,
+    job: Job,
     candidate: Candidate,
     weights: Projections,
     statistics: LayerStatistics,
@@ -542,7 +327,7 @@ def _convert_layer(
     q_basis = None
     if job.target.q_lora_rank is not None and statistics.q is not None:
         q_basis, _ = leading_basis(statistics.q, job.target.q_lora_rank)
-    for freqfold in _freqfolds(job.shape, candidate.qk_rope_head_dim, job.freqfold, job.plan.method):
+    for freqfold in candidate_freqfolds(job.shape, candidate.qk_rope_head_dim, job.freqfold, job.plan.method):
         slots = rope_slots(job.shape, candidate.qk_rope_head_dim, freqfold, job.export.frequencies)
         split = split_rope(statistics.keys, job.shape, freqfold, slots, queries)
         metrics = None if queries is None or value_metric is None else (_key_metric(split, queries), value_metric)
@@ -612,7 +397,7 @@ def _layer_config(stage: Staging, index: int) -> MLAConfig:
     return MLAConfig(**stage.read_json(_layer_json(index))["config"])
 
 
-def _export(job: _Job, report: ConversionReport, stage: Staging, bar: Progress) -> None:
+def _export(job: Job, report: ConversionReport, stage: Staging, bar: Progress) -> None:
     """Writes the model from the original's other tensors and the staged layers; config.json comes last."""
     source, export = job.source, job.export
     groups = _tensor_groups(source, job.plan.num_layers)
@@ -660,69 +445,11 @@ def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None
     return groups
 
 
-def _check_shapes(source: Checkpoint) -> None:
-    """CheckpointError unless the files hold exactly the tensors that config.json asks for."""
-    expected = source.expected
-    for name, shape in expected.items():
-        check_shape(source.path, name, source.shapes.get(name), shape)
-    # A tied head may be stored all the same, and old checkpoints carry RoPE's constants.
-    extra = [n for n in source.shapes if n not in expected and n != "lm_head.weight" and not n.endswith(".inv_freq")]
-    if extra:
-        raise CheckpointError(f"{source.path} holds tensors its config.json has no place for: {', '.join(extra[:3])}")
-
-
 def _check_weights(source: Checkpoint, bar: Progress) -> None:
     """CheckpointError if a weight is NaN or infinite: found now, not hours later."""
     for name in bar.track(list(source.shapes), description="Checking weights"):
         if not source.tensor(name).isfinite().all():
             raise CheckpointError(f"{source.path}: {name} holds NaN or infinite values; download the model again")
-
-
-def _output_bytes(source: Checkpoint, export: Export, target: MLAConfig, num_layers: int) -> int:
-    """Counted by an export of tensors that have no memory."""
-    names = source.expected
-    with torch.device("meta"), torch.no_grad():
-        attention = models.MLAAttention(source.config, target, layer_idx=0)
-        exported = [export.attention(target, dict(attention.named_parameters()))] * num_layers
-        exported += [export.other(n, torch.empty(shape)) for n, shape in names.items() if ".self_attn." not in n]
-    return sum(tensor.numel() for tensors in exported for tensor in tensors.values()) * export.dtype.itemsize
-
-
-def _peak_memory(
-    source: Checkpoint, shape: AttentionShape, refined: MLAConfig | None, num_tokens: int, sequence_length: int
-) -> int:
-    """Estimate: the libraries, the streams, and the largest of (a layer being converted, refined, the output head)."""
-    layers = [
-        [dims for name, dims in source.shapes.items() if name.startswith(f"model.layers.{index}.")]
-        for index in range(source.config.num_hidden_layers)
-    ]
-    layer_bytes = 4 * max(sum(map(math.prod, dims)) for dims in layers)  # layers without experts are smaller
-    moments = 5 * 8 * shape.cache_dim**2  # state, mean, balanced copy; eigenvectors, LAPACK's workspace
-    activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[-2:][0] for layer in layers for dims in layer))
-    solving = 2 * layer_bytes + moments + activations
-    refining = 0
-    if refined is not None:
-        with torch.device("meta"):
-            weights = sum(w.numel() for w in models.MLAAttention(source.config, refined, layer_idx=0).parameters())
-        # Weights, the best ones, gradients, Adam's two moments and its step; queries, keys, values and their gradients.
-        head_dims = 2 * (refined.qk_nope_head_dim + refined.qk_rope_head_dim) + refined.v_head_dim
-        refining = layer_bytes + 6 * 4 * weights + 4 * 4 * BATCH_TOKENS * shape.num_heads * head_dims
-    vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
-    # The head, and logits of a sequence with what the loss makes of them.
-    head = 4 * vocab_size * (2 * hidden_size + 4 * min(sequence_length, 512))
-    # Both models' hidden states and, while a layer is refined, its inputs and outputs.
-    streams = 4 * num_tokens * shape.hidden_size * (1 if refined is None else 4)
-    return _LIBRARIES_BYTES + streams + max(solving, refining, head)
-
-
-def check_disk(out_path: Path, output_bytes: int) -> None:
-    """ValueError if the disk is too full for what is to be written."""
-    parent = next(path for path in out_path.resolve().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < output_bytes:
-        raise ValueError(
-            f"the disk of {parent} has {free / 1e9:.2f} GB free, but the output needs {output_bytes / 1e9:.2f} GB"
-        )
 
 
 @contextmanager

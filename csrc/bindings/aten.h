@@ -25,8 +25,8 @@ std::array<Tensor, kOutputs> call_aten(const char* op, const char* overload, con
 }
 
 // x wᵀ + bias
-inline Tensor linear(const Tensor& x, const Tensor& w,
-                     const std::optional<Tensor>& bias = std::nullopt) {
+inline Tensor aten_linear(const Tensor& x, const Tensor& w,
+                          const std::optional<Tensor>& bias = std::nullopt) {
   return call_aten<1>("aten::linear", "", x, w, bias)[0];
 }
 

@@ -5,9 +5,11 @@
 #include "batched_pca.h"
 #include "batched_svd.h"
 #include "covariance_add.h"
+#include "linear.h"
 #include "merge_attn_states.h"
 #include "mla_decode.h"
 #include "mla_project.h"
+#include "rms_norm.h"
 
 namespace transmla {
 namespace {
@@ -36,6 +38,7 @@ struct Cpu {
   static constexpr bool kOnHost = true;
   // Larger matrices go to LAPACK, whose blocked algorithms then win over one core per matrix.
   static constexpr int64_t kMaxPcaDim = 128, kMaxSvdShortSide = 64, kMaxSvdLongSide = 512;
+  static constexpr int64_t kMaxLinearTokens = 16;  // torch's GEMM wins from 32 on
 
   static const char* unsupported(const MlaDecodeParams& params) {
     return mla_decode_unsupported(params);
@@ -60,6 +63,10 @@ struct Cpu {
 
   static void launch(const MergeAttnStatesParams& params, const Tensor&) {
     merge_attn_states_cpu(params, torch_pool());
+  }
+
+  static void launch(const LinearParams& params, const Tensor&) {
+    run_in_workspace(params, linear_cpu_workspace_size, linear_cpu);
   }
 
   static void launch(const MlaProjectParams& params, const Tensor&) {
@@ -90,7 +97,9 @@ STABLE_TORCH_LIBRARY_IMPL(transmla, CPU, m) {
   using namespace transmla;
   m.impl("mla_project", TORCH_BOX(&mla_project<Cpu>));
   m.impl("mla_decode", TORCH_BOX(&mla_decode<Cpu>));
+  m.impl("linear", TORCH_BOX(&linear<Cpu>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cpu>));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm<Cpu>));
   m.impl("covariance_add_", TORCH_BOX(&covariance_add<Cpu>));
   m.impl("batched_pca", TORCH_BOX(&batched_pca<Cpu>));
   m.impl("batched_svd", TORCH_BOX(&batched_svd<Cpu>));

@@ -6,9 +6,11 @@
 #include "batched_svd.h"
 #include "covariance_add.h"
 #include "cuda/kernels.h"
+#include "linear.h"
 #include "merge_attn_states.h"
 #include "mla_decode.h"
 #include "mla_project.h"
+#include "rms_norm.h"
 
 // Weak: a CPU-only torch lacks it, and this library still loads there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -51,6 +53,7 @@ void launch_in_workspace(const Tensor& t, const char* op, size_t (*workspace_siz
 
 struct Cuda {
   static constexpr bool kOnHost = false;
+  static constexpr int64_t kMaxLinearTokens = 0;
   static constexpr int64_t kMaxPcaDim = transmla::kMaxPcaDim;
   static constexpr int64_t kMaxSvdShortSide = transmla::kMaxSvdShortSide;
   static constexpr int64_t kMaxSvdLongSide = transmla::kMaxSvdLongSide;
@@ -74,7 +77,7 @@ struct Cuda {
   }
 
   static void launch(const RmsNormParams& params, const Tensor& t) {
-    launch_on(t, "mla_project", launch_rms_norm, params);
+    launch_on(t, "rms_norm", launch_rms_norm, params);
   }
 
   static void launch(const CovarianceAddParams& params, const Tensor& t) {
@@ -99,7 +102,9 @@ STABLE_TORCH_LIBRARY_IMPL(transmla, CUDA, m) {
   using namespace transmla;
   m.impl("mla_project", TORCH_BOX(&mla_project<Cuda>));
   m.impl("mla_decode", TORCH_BOX(&mla_decode<Cuda>));
+  m.impl("linear", TORCH_BOX(&linear<Cuda>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cuda>));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm<Cuda>));
   m.impl("covariance_add_", TORCH_BOX(&covariance_add<Cuda>));
   m.impl("batched_pca", TORCH_BOX(&batched_pca<Cuda>));
   m.impl("batched_svd", TORCH_BOX(&batched_svd<Cuda>));

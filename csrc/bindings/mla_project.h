@@ -2,8 +2,8 @@
 
 #include <optional>
 
-#include "aten.h"
 #include "check.h"
+#include "linear.h"
 #include "transmla/mla_project.h"
 
 namespace transmla {
@@ -96,7 +96,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
   }
   if (const char* reason = Backend::unsupported(params)) check.fail(reason);
 
-  const Tensor q_a = w_q_a ? linear(hidden, *w_q_a) : hidden;
+  const Tensor q_a = w_q_a ? linear<Backend>(hidden, *w_q_a, std::nullopt) : hidden;
   if (q_a_norm) {
     RmsNormParams norm{};
     norm.x = norm.out = q_a.mutable_data_ptr();
@@ -107,8 +107,8 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
     norm.eps = params.norm_eps;
     Backend::launch(norm, q_a);
   }
-  const Tensor q_proj = linear(q_a, w_q, b_q);
-  const Tensor kv_a_proj = linear(hidden, w_kv_a, b_kv_a);
+  const Tensor q_proj = linear<Backend>(q_a, w_q, b_q);
+  const Tensor kv_a_proj = linear<Backend>(hidden, w_kv_a, b_kv_a);
   Tensor q = torch::stable::new_empty(hidden, {num_tokens, num_heads, cache_dim});
   params.q_proj = q_proj.const_data_ptr();
   params.kv_a_proj = kv_a_proj.const_data_ptr();

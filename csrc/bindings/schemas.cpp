@@ -10,9 +10,11 @@ STABLE_TORCH_LIBRARY(transmla, m) {
       "mla_decode(Tensor q, Tensor latent_cache, Tensor block_table, Tensor cache_seqlens, "
       "int kv_lora_rank, float softmax_scale, float softcap, int sliding_window, int num_splits, "
       "bool batch_invariant, Tensor? cache_scales=None) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def(
       "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
       "(Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("covariance_add_(Tensor(a!) acc, Tensor x, Tensor? weight) -> ()");
   m.def("batched_pca(Tensor cov) -> (Tensor, Tensor)");
   m.def("batched_svd(Tensor a) -> (Tensor, Tensor, Tensor)");

@@ -55,6 +55,14 @@ void merge_attn_states_cpu(const MergeAttnStatesParams& params, const ParallelFo
   TRANSMLA_DISPATCH(merge_attn_states_cpu(params, parallel_for));
 }
 
+size_t linear_cpu_workspace_size(const LinearParams& params, int num_threads) {
+  TRANSMLA_DISPATCH(linear_cpu_workspace_size(params, num_threads));
+}
+
+void linear_cpu(const LinearParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(linear_cpu(params, parallel_for));
+}
+
 void rms_norm_cpu(const RmsNormParams& params, const ParallelFor& parallel_for) {
   TRANSMLA_DISPATCH(rms_norm_cpu(params, parallel_for));
 }

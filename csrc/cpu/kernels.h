@@ -5,6 +5,8 @@
 
 #define TRANSMLA_CPU_KERNELS(isa)                                                               \
   namespace transmla::isa {                                                                     \
+  size_t linear_cpu_workspace_size(const LinearParams& params, int num_threads);                \
+  void linear_cpu(const LinearParams& params, const ParallelFor& parallel_for);                 \
   void rms_norm_cpu(const RmsNormParams& params, const ParallelFor& parallel_for);              \
   void mla_project_cpu(const MlaProjectParams& params, const ParallelFor& parallel_for);        \
   size_t mla_decode_cpu_workspace_size(const MlaDecodeParams& params, int num_threads);         \

@@ -155,7 +155,11 @@ class Projection {
       for (index_t k = 0; k < rows; ++k, w_uk += p_.w_uk_stride_row) {
         Vec w[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) w[v] = load_up_to(w_uk + v * kVecSize, size);
+        for (int v = 0; v < V; ++v) {
+          // The columns that come next: down the rows the hardware's prefetcher does not follow.
+          w[v] = load_up_to(w_uk + v * kVecSize, size);
+          __builtin_prefetch(w_uk + (V + v) * kVecSize, 0, 2);
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < N; ++t) {
           const Vec number = broadcast(q_nope[t][k]);

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from . import _lib  # noqa: F401  (loading the libraries registers the ops)
 
-__all__ = ["batched_pca", "batched_svd", "covariance_add_", "merge_attn_states", "mla_decode", "mla_project"]
+__all__ = [
+    "batched_pca",
+    "batched_svd",
+    "covariance_add_",
+    "linear",
+    "merge_attn_states",
+    "mla_decode",
+    "mla_project",
+    "rms_norm",
+]
 
 
 def mla_project(
@@ -120,6 +129,26 @@ def _(q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, 
     return out, q.new_empty(batch_size, num_heads, seqlen_q, dtype=torch.float32)
 
 
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x wᵀ + bias, of few tokens on a CPU with each weight read once, at memory bandwidth; else by torch.
+
+    Args:
+        x: [num_tokens, in_features] or [batch_size, seqlen, in_features], bf16, fp16 or fp32; with groups
+            [num_tokens, num_groups, in_features].
+        w: [out_features, in_features], dtype of x, or [num_groups, out_features, in_features]: a matrix for each group.
+        bias: [out_features], dtype of x; None with groups.
+    Returns:
+        [..., out_features], dtype of x, contiguous; sums in fp32.
+    """
+    out: Tensor = torch.ops.transmla.linear(x, w, bias)
+    return out
+
+
+@torch.library.register_fake("transmla::linear")
+def _(x, w, bias=None):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], w.size(-2))
+
+
 def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the whole from attention over two disjoint parts (context parallel, shared prefix).
 
@@ -137,6 +166,25 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 @torch.library.register_fake("transmla::merge_attn_states")
 def _(out_a, lse_a, out_b, lse_b):  # type: ignore[no-untyped-def]
     return torch.empty_like(out_a), torch.empty_like(lse_a)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x²) + eps)), the bracket rounded to the dtype of x as in Llama, DeepSeek and their kin.
+
+    Args:
+        x: [num_rows, dim] or [batch_size, seqlen, dim], bf16, fp16 or fp32, contiguous.
+        weight: [dim], dtype of x.
+    Returns:
+        Shape and dtype of x; the mean is taken in fp32.
+    Source: arXiv 1910.07467.
+    """
+    out: Tensor = torch.ops.transmla.rms_norm(x, weight, eps)
+    return out
+
+
+@torch.library.register_fake("transmla::rms_norm")
+def _(x, weight, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
 def covariance_add_(acc: Tensor, x: Tensor, weight: Tensor | None = None) -> None:

@@ -7,14 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["batched_pca", "batched_svd", "covariance_add_", "merge_attn_states", "mla_decode", "mla_project"]
+__all__ = [
+    "batched_pca",
+    "batched_svd",
+    "covariance_add_",
+    "linear",
+    "merge_attn_states",
+    "mla_decode",
+    "mla_project",
+    "rms_norm",
+]
 
 
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _widen(x)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -47,7 +56,7 @@ def mla_project(
 
     latent, k_pe = F.linear(hidden, w_kv_a, b_kv_a).tensor_split((kv_lora_rank,), dim=-1)
     if kv_norm is not None:
-        latent = _rms_norm(latent, kv_norm, norm_eps)
+        latent = rms_norm(latent, kv_norm, norm_eps)
     stored = slot_mapping >= 0
     block, offset = slot_mapping[stored] // latent_cache.size(1), slot_mapping[stored] % latent_cache.size(1)
     rows = torch.cat((latent, _rotate(k_pe, cos, sin)), dim=-1)[stored]
@@ -61,7 +70,7 @@ def mla_project(
 
     q_in = hidden if w_q_a is None else hidden @ w_q_a.T
     if q_a_norm is not None:
-        q_in = _rms_norm(q_in, q_a_norm, norm_eps)
+        q_in = rms_norm(q_in, q_a_norm, norm_eps)
     q_nope, q_pe = F.linear(q_in, w_q, b_q).unflatten(-1, (num_heads, -1)).tensor_split((qk_nope_head_dim,), dim=-1)
     q_latent = torch.einsum("thn,hnr->thr", q_nope, w_uk)
     return torch.cat((q_latent, _rotate(q_pe, cos[:, None], sin[:, None])), dim=-1)
@@ -102,6 +111,10 @@ def mla_decode(
         weights = (scores - lse[i][..., None]).exp().masked_fill(unseen.to(q.device), 0)
         out[i] = torch.einsum("hqk,kr->qhr", weights.to(q.dtype), keys[:, :kv_lora_rank])
     return out, lse
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, w, bias) if w.dim() == 2 else torch.einsum("tgi,goi->tgo", x, w)
 
 
 def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

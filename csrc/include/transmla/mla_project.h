@@ -28,7 +28,8 @@ struct MlaProjectParams {
   float norm_eps;  // added to the mean square of the latent
 };
 
-// The norm between the two factors of a query projection, where there are two.
+// Rounded to dtype before the weight, as Llama, DeepSeek and their kin do; also the norm between
+// the two factors of a query projection, where there are two.
 struct RmsNormParams {
   const void* x;       // [num_rows, dim], contiguous
   const void* weight;  // [dim]

@@ -6,6 +6,7 @@
 #include "transmla/block_pool.h"
 #include "transmla/covariance_add.h"
 #include "transmla/isa.h"
+#include "transmla/linear.h"
 #include "transmla/merge_attn_states.h"
 #include "transmla/mla_decode.h"
 #include "transmla/mla_project.h"

@@ -63,10 +63,9 @@ class PagedAttention(nn.Module):
         self.o_proj = attention.o_proj
         self.kv_a = attention.kv_a_proj_with_mqa
         self.w_kv_b = attention.kv_b_proj.weight
-        self.w_uk, w_uv = self.w_kv_b.unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim)).split(
+        self.w_uk, self.w_uv = self.w_kv_b.unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim)).split(
             (mla.qk_nope_head_dim, mla.v_head_dim), dim=1
         )
-        self.w_uv_t = w_uv.mT
         self.w_q_a = attention.q_a_proj.weight if mla.q_lora_rank is not None else None
         self.q = attention.q_proj if mla.q_lora_rank is None else attention.q_b_proj
         q_a_norm, kv_norm = (getattr(attention, name, None) for name in ("q_a_layernorm", "kv_a_layernorm"))
@@ -156,7 +155,7 @@ class PagedAttention(nn.Module):
             softcap=self.softcap,
             sliding_window=self.sliding_window,
         )
-        return torch.bmm(out.flatten(0, 1).transpose(0, 1), self.w_uv_t).transpose(0, 1)
+        return ops.linear(out.flatten(0, 1), self.w_uv)
 
     def _attend_expanded(self, q: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of a sequence's new tokens over its cache rows: [num_new, num_heads, v_head_dim]."""

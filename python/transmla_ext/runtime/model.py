@@ -19,6 +19,7 @@ from ..models import base_model_type
 from .attention import PagedAttention, Piece, Step
 from .cache import CachedSequence, PagedLatentCache
 from .generate import Generation, Request, Sampling, TextStream, run
+from .modules import replace_modules
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -105,7 +106,7 @@ class MLAModel:
     """A language model with latent attention over a paged cache; not thread-safe.
 
     Args:
-        model: native, or transformers' DeepseekV3ForCausalLM; taken over: its attention modules are replaced.
+        model: native, or transformers' DeepseekV3ForCausalLM; taken over: modules are replaced by faster ones.
         tokenizer: of transformers; without one prompts are token ids and generations have no text.
         max_tokens, block_size: of the cache, as in ``load``.
     """
@@ -134,6 +135,7 @@ class MLAModel:
         self._architecture = Architecture() if base is None else family(base)
         for layer_idx, (layer, shape) in enumerate(zip(model.model.layers, shapes, strict=True)):
             layer.self_attn = PagedAttention(layer.self_attn, shape, layer_idx)
+        replace_modules(model)
         self._windows = {layer.self_attn.sliding_window for layer in model.model.layers}
         self._decoder = model.model
         self._lm_head = model.lm_head

@@ -197,7 +197,9 @@ void mla_project_cpu(const MlaProjectParams& p, const ParallelFor& parallel_for)
   // Head by head, so that a worker's blocks share the head's W_UK; the tasks after the last head
   // append to the cache.
   const index_t num_blocks = ceil_div(p.num_tokens, kBlock);
-  const index_t work = min(kBlock, p.num_tokens) * p.kv_lora_rank * max(1, p.qk_nope_head_dim);
+  // Few tokens wait for W_UK, for as long as eight compute.
+  const index_t tokens = max(8, min(kBlock, p.num_tokens));
+  const index_t work = tokens * p.kv_lora_rank * max(1, p.qk_nope_head_dim);
   const index_t grain = max(1, kMinWork / max(1, work));
   with_dtype(p.dtype, [&](auto zero) {
     const Projection<decltype(zero)> projection(p);

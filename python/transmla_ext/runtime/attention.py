@@ -72,6 +72,18 @@ class PagedAttention(nn.Module):
         self.q_a_norm = None if q_a_norm is None else q_a_norm.weight
         self.kv_norm = None if kv_norm is None else kv_norm.weight
         self.norm_eps = 0.0 if kv_norm is None else float(kv_norm.variance_epsilon)
+        # Collected once: a parameter that is asked of its module costs more than an argument.
+        self._weights = {
+            "w_q": self.q.weight,
+            "w_kv_a": self.kv_a.weight,
+            "w_uk": self.w_uk,
+            "w_q_a": self.w_q_a,
+            "q_a_norm": self.q_a_norm,
+            "kv_norm": self.kv_norm,
+            "b_q": self.q.bias,
+            "b_kv_a": self.kv_a.bias,
+            "norm_eps": self.norm_eps,
+        }
 
     def forward(self, hidden_states: Tensor, step: Step, **_: Any) -> tuple[Tensor, None]:
         """Attention output [1, num_tokens, hidden_size] for the packed tokens of a step."""
@@ -85,19 +97,11 @@ class PagedAttention(nn.Module):
         else:
             q = ops.mla_project(
                 hidden,
-                self.q.weight,
-                self.kv_a.weight,
-                self.w_uk,
-                step.cos_sin[self.layer_idx],
-                tables.positions,
-                tables.slot_mapping,
-                latent_cache,
-                w_q_a=self.w_q_a,
-                q_a_norm=self.q_a_norm,
-                kv_norm=self.kv_norm,
-                b_q=self.q.bias,
-                b_kv_a=self.kv_a.bias,
-                norm_eps=self.norm_eps,
+                cos_sin=step.cos_sin[self.layer_idx],
+                positions=tables.positions,
+                slot_mapping=tables.slot_mapping,
+                latent_cache=latent_cache,
+                **self._weights,
             )
         return self._attend_absorbed(q.unsqueeze(1), latent_cache, tables.block_table, tables.cache_seqlens)
 

@@ -1,4 +1,7 @@
-"""What takes the place of a model's modules so that a decode step reads each weight once and does little else."""
+"""What takes the place of a model's modules so that a decode step reads each weight once and does little else.
+
+The weights are plain tensors: nn.Module looks up a Parameter more slowly than a small op takes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -32,12 +35,11 @@ class GatedMLP(nn.Module):
         self.w_gate_up = torch.cat((gate.weight, up.weight))
         self.b_gate_up = None if gate.bias is None else torch.cat((gate.bias, up.bias))
         self.act_fn = mlp.act_fn
-        self.down_proj = Linear(mlp.down_proj)
+        self.w_down, self.b_down = mlp.down_proj.weight.detach(), mlp.down_proj.bias
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = ops.linear(x, self.w_gate_up, self.b_gate_up).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(self.act_fn(gate).mul_(up))
-        return out
+        return ops.linear(self.act_fn(gate).mul_(up), self.w_down, self.b_down)
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +47,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight = norm.weight
+        self.weight = norm.weight.detach()
         self.eps = float(norm.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:

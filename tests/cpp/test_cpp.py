@@ -26,7 +26,7 @@ def test_a_program_finds_the_installed_package_and_decodes(tmp_path: Path) -> No
     build_and_run(tmp_path, f"-DCMAKE_PREFIX_PATH={_lib.get_cmake_dir()}", programs=("decode",))
 
 
-def test_decode_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     build_and_run(
         tmp_path,
         f"-DTRANSMLA_SOURCE={HERE.parent.parent}",
@@ -34,5 +34,5 @@ def test_decode_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_pa
         "-DTRANSMLA_SANITIZE=address,undefined",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
-        programs=("decode", "sweep"),
+        programs=("decode", "linear", "sweep"),
     )

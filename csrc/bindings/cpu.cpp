@@ -38,7 +38,7 @@ struct Cpu {
   static constexpr bool kOnHost = true;
   // Larger matrices go to LAPACK, whose blocked algorithms then win over one core per matrix.
   static constexpr int64_t kMaxPcaDim = 128, kMaxSvdShortSide = 64, kMaxSvdLongSide = 512;
-  static constexpr int64_t kMaxLinearTokens = 16;  // torch's GEMM wins from 32 on
+  static constexpr int64_t kMaxLinearTokens = 8;  // from 16 on, torch's GEMM wins with AVX2
 
   static const char* unsupported(const MlaDecodeParams& params) {
     return mla_decode_unsupported(params);

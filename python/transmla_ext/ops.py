@@ -130,7 +130,7 @@ def _(q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, 
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x wᵀ + bias, of few tokens on a CPU with each weight read once, at memory bandwidth; else by torch.
+    """x wᵀ + bias, by torch but for up to 8 tokens on a CPU: those read each weight once, at memory bandwidth.
 
     Args:
         x: [num_tokens, in_features] or [batch_size, seqlen, in_features], bf16, fp16 or fp32; with groups
@@ -138,7 +138,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         w: [out_features, in_features], dtype of x, or [num_groups, out_features, in_features]: a matrix for each group.
         bias: [out_features], dtype of x; None with groups.
     Returns:
-        [..., out_features], dtype of x, contiguous; sums in fp32.
+        [..., out_features], dtype of x, contiguous; sums in fp32. The bits of up to 8 tokens on a CPU do not depend on
+        each other, nor on the number of threads.
     """
     out: Tensor = torch.ops.transmla.linear(x, w, bias)
     return out

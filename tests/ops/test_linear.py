@@ -23,9 +23,9 @@ def assert_matches_reference(x: Tensor, w: Tensor, bias: Tensor | None = None) -
     assert_as_accurate(actual, reference.linear(*args), reference.linear(*map(to_double, args)))
 
 
-# Up to 16 tokens are the kernel's, more are torch's. Rows of w that are no multiple of 4 end a pass early.
+# Up to 8 tokens are the kernel's, more are torch's. Rows of w that are no multiple of 4 end a pass early.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 17])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 8, 9])
 @pytest.mark.parametrize(("out_features", "in_features"), [(129, 7), (131, 40), (66, 131), (64, 576)])
 def test_matches_the_reference(
     isa: str, dtype: torch.dtype, num_tokens: int, out_features: int, in_features: int
@@ -61,7 +61,7 @@ def test_batches_keep_their_shape(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_of_a_token_do_not_depend_on_the_others(isa: str, threads: int, dtype: torch.dtype) -> None:
-    x, w = random(16, 576, dtype=dtype), random(301, 576, dtype=dtype)
+    x, w = random(8, 576, dtype=dtype), random(301, 576, dtype=dtype)
     together = ops.linear(x, w)
     torch.set_num_threads(1)
     for num_tokens in (1, 3, 6):

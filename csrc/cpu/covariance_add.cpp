@@ -38,6 +38,10 @@ index_t block_size(const CovarianceAddParams& p) {
   return p.num_groups * ceil_div(p.dim, kPanel) * kPanel * min(p.num_tokens, kBlock);
 }
 
+size_t block_bytes(const CovarianceAddParams& p) {
+  return (p.weight ? 2 : 1) * block_size(p) * sizeof(float);
+}
+
 template <class T>
 void pack(const CovarianceAddParams& p, const Block& block, index_t token, index_t group,
           index_t begin, index_t end) {
@@ -156,14 +160,35 @@ void add(const CovarianceAddParams& p, const ParallelFor& parallel_for) {
   }
 }
 
+// With so many groups for each worker it takes them whole, and what it packs stays in its cache.
+bool takes_whole_groups(const CovarianceAddParams& p, int num_threads) {
+  return p.num_groups >= 4 * num_threads;
+}
+
+CovarianceAddParams one_group(CovarianceAddParams p) {
+  p.num_groups = 1;
+  return p;
+}
+
 }  // namespace
 
-size_t covariance_add_cpu_workspace_size(const CovarianceAddParams& p, int) {
-  return (p.weight ? 2 : 1) * block_size(p) * sizeof(float);
+size_t covariance_add_cpu_workspace_size(const CovarianceAddParams& p, int num_threads) {
+  return takes_whole_groups(p, num_threads) ? num_threads * block_bytes(one_group(p))
+                                            : block_bytes(p);
 }
 
 void covariance_add_cpu(const CovarianceAddParams& p, const ParallelFor& parallel_for) {
-  with_dtype(p.dtype, [&](auto zero) { add<decltype(zero)>(p, parallel_for); });
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (!takes_whole_groups(p, parallel_for.num_threads)) return add<T>(p, parallel_for);
+    run_items(parallel_for, p.num_groups, [&](index_t group, index_t worker) {
+      CovarianceAddParams only = one_group(p);
+      only.x = static_cast<const T*>(p.x) + group * p.x_stride_group;
+      only.acc = p.acc + group * p.dim * p.dim;
+      only.workspace = static_cast<char*>(p.workspace) + worker * block_bytes(only);
+      add<T>(only, serial());
+    });
+  });
 }
 
 }  // namespace transmla::TRANSMLA_ISA

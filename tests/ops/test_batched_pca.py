@@ -61,6 +61,12 @@ def test_bits_do_not_depend_on_threads_or_batch(isa: str, threads: int) -> None:
         assert torch.equal(whole, torch.cat(parts))
 
 
+def test_lapack_in_threads_of_ours_decomposes_as_well(threads: int) -> None:
+    cov = symmetric(torch.randn(7, 100, 100, dtype=torch.float64))
+    with torch.inference_mode():
+        assert_is_pca(cov, *ops.batched_pca(cov))
+
+
 def test_a_view_is_decomposed_as_its_copy(isa: str) -> None:
     cov = symmetric(GENERAL["random"](40, 40))[:, 3:30, 3:30]
     assert not cov.is_contiguous()

@@ -19,12 +19,14 @@ inline std::array<Tensor, 3> torch_svd(const Tensor& a) {
 // to[c][r] = from[r][c]
 inline void write_transposed(const double* from, int64_t rows, int64_t cols, double* to) {
   constexpr int64_t kCacheLine = 8;
-  for (int64_t begin = 0; begin < rows; begin += kCacheLine) {
+  int64_t r = 0;
+  for (; r + kCacheLine <= rows; r += kCacheLine) {
     for (int64_t c = 0; c < cols; ++c) {
-      for (int64_t r = begin; r < std::min(begin + kCacheLine, rows); ++r) {
-        to[c * rows + r] = from[r * cols + c];
-      }
+      for (int64_t i = 0; i < kCacheLine; ++i) to[c * rows + r + i] = from[(r + i) * cols + c];
     }
+  }
+  for (; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) to[c * rows + r] = from[r * cols + c];
   }
 }
 

@@ -141,6 +141,8 @@ class Check {
         return "float32";
       case ScalarType::Double:
         return "float64";
+      case ScalarType::Char:
+        return "int8";
       case ScalarType::Int:
         return "int32";
       case ScalarType::Long:
@@ -163,15 +165,23 @@ class Check {
   Device device_;
 };
 
+inline bool is_int8(const Tensor& t) { return t.scalar_type() == ScalarType::Char; }
+
 // With scales the cache is of one-byte numbers; without, of the dtype of the other tensors.
 inline void check_cache(const Check& check, const Tensor& latent_cache,
                         const std::optional<Tensor>& cache_scales, ScalarType dtype, int64_t dim) {
-  check.tensor("latent_cache", latent_cache, {cache_scales ? ScalarType::Float8_e4m3fn : dtype},
+  const DTypes same = {dtype}, one_byte = {ScalarType::Float8_e4m3fn, ScalarType::Char};
+  check.tensor("latent_cache", latent_cache, cache_scales ? one_byte : same,
                {{"num_blocks"}, {"block_size"}, {"kv_lora_rank + qk_rope_head_dim", dim}},
                Strides::kDenseLastDim);
-  if (cache_scales) {
+  if (!cache_scales) return;
+  const Dim num_blocks = {"num_blocks", latent_cache.size(0)};
+  const Dim block_size = {"block_size", latent_cache.size(1)};
+  if (is_int8(latent_cache)) {
     check.tensor("cache_scales", *cache_scales, {ScalarType::Float},
-                 {{"num_blocks", latent_cache.size(0)}, {"block_size", latent_cache.size(1)}},
+                 {num_blocks, block_size, {"latent and RoPE key", 2}}, Strides::kDenseLastDim);
+  } else {
+    check.tensor("cache_scales", *cache_scales, {ScalarType::Float}, {num_blocks, block_size},
                  Strides::kDenseLastDim);
   }
 }

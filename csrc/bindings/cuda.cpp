@@ -20,6 +20,10 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+constexpr const char* kNoInt8 =
+    "an int8 latent_cache is for the CPU, on CUDA it must be float8_e4m3fn, or of "
+    "the dtype of the other tensors without cache_scales";
+
 void check_device(const Check& check, const Tensor& t) {
   if (!t.is_cuda() || !aoti_torch_get_current_cuda_stream) {
     check.fail("the CUDA kernel needs tensors on a CUDA device, and a torch built with CUDA");
@@ -59,10 +63,12 @@ struct Cuda {
   static constexpr int64_t kMaxSvdLongSide = transmla::kMaxSvdLongSide;
 
   static const char* unsupported(const MlaDecodeParams& params) {
-    return mla_decode_cuda_unsupported(params);
+    return params.is_cache_int8 ? kNoInt8 : mla_decode_cuda_unsupported(params);
   }
 
-  static const char* unsupported(const MlaProjectParams&) { return nullptr; }
+  static const char* unsupported(const MlaProjectParams& params) {
+    return params.is_cache_int8 ? kNoInt8 : nullptr;
+  }
 
   static void launch(const MlaDecodeParams& params, const Tensor& t) {
     launch_in_workspace(t, "mla_decode", mla_decode_cuda_workspace_size, launch_mla_decode, params);

@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
   params.dtype = dtype_of(q);
+  params.is_cache_int8 = is_int8(latent_cache);
   params.batch_size = batch_size;
   params.seqlen_q = seqlen_q;
   params.num_heads = num_heads;
@@ -80,6 +81,7 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& latent_cach
   params.cache_stride_block = latent_cache.stride(0);
   params.cache_stride_token = latent_cache.stride(1);
   params.scales_stride_block = cache_scales ? cache_scales->stride(0) : 0;
+  params.scales_stride_token = cache_scales ? cache_scales->stride(1) : 0;
   params.block_table_stride = block_table.stride(0);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.softcap = static_cast<float>(softcap);

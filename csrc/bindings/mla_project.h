@@ -74,6 +74,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
   params.latent_cache = latent_cache.mutable_data_ptr();
   params.cache_scales = cache_scales ? cache_scales->mutable_data_ptr<float>() : nullptr;
   params.dtype = dtype_of(hidden);
+  params.is_cache_int8 = is_int8(latent_cache);
   params.num_tokens = num_tokens;
   params.num_heads = num_heads;
   params.kv_lora_rank = kv_lora_rank;
@@ -87,6 +88,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
   params.cache_stride_block = latent_cache.stride(0);
   params.cache_stride_token = latent_cache.stride(1);
   params.scales_stride_block = cache_scales ? cache_scales->stride(0) : 0;
+  params.scales_stride_token = cache_scales ? cache_scales->stride(1) : 0;
   params.norm_eps = static_cast<float>(norm_eps);
   if constexpr (Backend::kOnHost) {
     check_indices(check, "positions", "at least 0 and below max_position", params.positions,
@@ -111,7 +113,7 @@ Tensor mla_project(const Tensor& hidden, const Tensor& w_q, const Tensor& w_kv_a
   const Tensor kv_a_proj = linear<Backend>(hidden, w_kv_a, b_kv_a);
   Tensor q = torch::stable::new_empty(hidden, {num_tokens, num_heads, cache_dim});
   params.q_proj = q_proj.const_data_ptr();
-  params.kv_a_proj = kv_a_proj.const_data_ptr();
+  params.kv_a_proj = kv_a_proj.mutable_data_ptr();
   params.q = q.mutable_data_ptr();
   Backend::launch(params, hidden);
   return q;

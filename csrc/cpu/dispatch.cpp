@@ -21,8 +21,8 @@ namespace transmla {
 namespace {
 
 constexpr const char* kNoFp8 =
-    "a float8_e4m3fn latent_cache is for CUDA, on the CPU it must be of "
-    "the dtype of the other tensors, without cache_scales";
+    "a float8_e4m3fn latent_cache is for CUDA, on the CPU it must be int8, or of "
+    "the dtype of the other tensors without cache_scales";
 
 }  // namespace
 
@@ -36,11 +36,11 @@ ParallelFor serial() {
 const char* mla_decode_unsupported(const MlaDecodeParams& params) {
   if (params.kv_lora_rank < 1) return "kv_lora_rank must be at least 1";
   if (params.qk_rope_head_dim < 0) return "qk_rope_head_dim must be at least 0";
-  return params.cache_scales ? kNoFp8 : nullptr;
+  return params.cache_scales && !params.is_cache_int8 ? kNoFp8 : nullptr;
 }
 
 const char* mla_project_unsupported(const MlaProjectParams& params) {
-  return params.cache_scales ? kNoFp8 : nullptr;
+  return params.cache_scales && !params.is_cache_int8 ? kNoFp8 : nullptr;
 }
 
 size_t mla_decode_cpu_workspace_size(const MlaDecodeParams& params, int num_threads) {

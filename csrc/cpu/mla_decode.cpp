@@ -1,23 +1,27 @@
 // One work item is a block of query rows against one part of one sequence. Scores are kept
 // transposed, [token][row]: the softmax then runs along vectors of rows without a horizontal sum,
-// and both products read one operand as vectors and the other as broadcasts.
+// and both products read one operand as vectors and the other as broadcasts. What both multiply
+// with lies in the L1 cache as fp32, and while they do, the next tokens come out of memory.
 #include "vec.h"
 
 namespace transmla::TRANSMLA_ISA {
 namespace {
 
-constexpr index_t kRows = 32;  // rows of a block; its fp32 output (64 KB at rank 512) is in L2
-constexpr index_t kTileTokens = 48;  // tokens converted to fp32 at a time
-constexpr index_t kDepth = 128;      // numbers of q and k whose panels (16 KB, 24 KB) are in L1
+constexpr index_t kRows = 64;  // rows of a block; its fp32 output (128 KB at rank 512) is in L2
+constexpr index_t kTileTokens = 48;   // tokens between two rescalings of that output
+constexpr index_t kTileNumbers = 64;  // of each token that are fp32 at a time; 12 KB, a part of L1
 
-// Register blocks: as many sums as hide the latency of two multiply-adds a cycle.
-constexpr int kScoreTokens = kVecBytes == 64 ? 8 : 6;
+// Register blocks: as many sums as hide the latency of two multiply-adds a cycle, and as fit.
+constexpr int kScoreTokens = kVecBytes == 64 ? 12 : 6;
 constexpr int kScoreVecs = 2;
 constexpr int kValueRows = 4;
-constexpr int kValueVecs = kVecBytes == 64 ? 4 : 2;
+constexpr int kValueVecs = kVecBytes == 64 ? 4 : 3;
+static_assert(kTileTokens % (kScoreVecs * kScoreTokens) == 0);
 
 constexpr index_t kPanelRows = kScoreVecs * kVecSize;
 constexpr index_t kMinWorkPerWorker = 1 << 17;  // multiply-adds; less is not worth waking a thread
+
+constexpr index_t kCacheLine = 64;
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -45,9 +49,7 @@ Parts cut(const MlaDecodeParams& p, index_t batch) {
   Parts parts;
   parts.tokens = visible(p, p.cache_seqlens[batch], 0, p.seqlen_q - 1);
   const index_t length = max(0, parts.tokens.end - parts.tokens.begin);
-  parts.size = p.split_size > 0
-                   ? p.split_size
-                   : max(kTileTokens, round_up(ceil_div(length, p.num_splits), kTileTokens));
+  parts.size = p.split_size > 0 ? p.split_size : max(kTileTokens, ceil_div(length, p.num_splits));
   parts.count = max(1, ceil_div(length, parts.size));
   return parts;
 }
@@ -57,7 +59,7 @@ index_t rows_of(const MlaDecodeParams& p) { return p.seqlen_q * p.num_heads; }
 // What a worker computes with.
 struct Scratch {
   float* queries;                   // [panel][depth][row of panel], scaled
-  float* tile;                      // [kTileTokens][tile_stride]
+  float* tile;                      // [kTileTokens][kTileNumbers]
   float* scores;                    // [kTileTokens][kRows], later the probabilities
   float* sums;                      // [kRows][kv_lora_rank]: out times total
   float *top, *total, *correction;  // [kRows]: the softmax so far, its last rescaling
@@ -84,14 +86,11 @@ struct Workspace {
   Arena scratch;        // of worker 0; the other workers' follow
 };
 
-// An odd number of cache lines: at 2^n bytes all tokens would share a few sets of the cache.
-index_t tile_stride(index_t dim) { return (ceil_div(dim, 16) | 1) * 16; }
-
 Scratch take_scratch(const MlaDecodeParams& p, Arena& arena) {
   const index_t dim = p.kv_lora_rank + p.qk_rope_head_dim;
   Scratch s;
   s.queries = arena.take<float>(kRows * dim);
-  s.tile = arena.take<float>(kTileTokens * tile_stride(dim));
+  s.tile = arena.take<float>(kTileTokens * kTileNumbers);
   s.scores = arena.take<float>(kTileTokens * kRows);
   s.sums = arena.take<float>(kRows * p.kv_lora_rank);
   s.top = arena.take<float>(kRows);
@@ -119,24 +118,42 @@ Workspace take_workspace(const MlaDecodeParams& p, Arena& arena) {
   return workspace;
 }
 
+// Asks for rows of the cache, a line at each step, long before they are needed: pages lie anywhere,
+// and the processor's own prefetching ends at each.
+struct Prefetch {
+  const void* const* rows = nullptr;
+  index_t num_rows = 0, row_bytes = 0;
+  index_t row = 0, offset = 0;
+
+  void step() {
+    if (row == num_rows) return;
+    __builtin_prefetch(static_cast<const char*>(rows[row]) + offset, 0, 2);  // no closer than L2
+    offset += kCacheLine;
+    if (offset < row_bytes) return;
+    offset = 0;
+    ++row;
+  }
+};
+
 // scores[t][r] (+)= sum over d of keys[t][d] * queries[d][r], for T tokens and V vectors of rows.
 // Every call sums from zero: fp32 keeps more digits in short sums.
 template <int T, int V>
-void add_scores(const float* const* keys, const float* queries, index_t depth, bool first,
-                float* scores) {
+void add_scores(const float* keys, const float* queries, index_t depth, bool first, float* scores,
+                Prefetch& prefetch) {
   Vec sums[T][V] = {};
   for (index_t d = 0; d < depth; ++d) {
+    prefetch.step();
     Vec q[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) q[v] = load(queries + (d * V + v) * kVecSize);
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int t = 0; t < T; ++t) {
-      const Vec key = broadcast(keys[t][d]);
+      const Vec key = broadcast(keys[t * kTileNumbers + d]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[t][v] = fma(key, q[v], sums[t][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
@@ -152,21 +169,22 @@ void add_scores(const float* const* keys, const float* queries, index_t depth, b
 template <int R, int V>
 void add_values(const float* probabilities, const float* const* values, index_t num_tokens,
                 index_t column, index_t size, const float* correction, float* sums,
-                index_t sums_stride) {
+                index_t sums_stride, Prefetch& prefetch) {
   if constexpr (V > 1) size = kVecSize;
   Vec tile[R][V] = {};
   for (index_t t = 0; t < num_tokens; ++t) {
+    prefetch.step();
     Vec value[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) value[v] = load_up_to(values[t] + column + v * kVecSize, size);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec probability = broadcast(probabilities[t * kRows + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) tile[r][v] = fma(probability, value[v], tile[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -176,7 +194,9 @@ void add_values(const float* probabilities, const float* const* values, index_t 
   }
 }
 
-template <class T>
+// T is the dtype of q and out, Cached that of the cache: T, or int8_t and numbers over their
+// scales.
+template <class T, class Cached>
 class Item {
  public:
   Item(const MlaDecodeParams& p, const Scratch& s, index_t batch, index_t first_row)
@@ -205,13 +225,15 @@ class Item {
     tokens.end = min(tokens.end, s_.limit[last]);
     if (tokens.begin >= tokens.end) return;
     pack_queries();
+    locate(tokens.begin, tokens.end);
     for (index_t t = tokens.begin; t < tokens.end; t += kTileTokens) {
-      const index_t end = min(t + kTileTokens, tokens.end);
-      load_tile(t, end);
-      score(end - t);
-      const bool all_seen = t >= s_.first[last] && end <= s_.limit[0];
-      for (index_t v = 0; v < num_vecs_; ++v) softmax(v * kVecSize, t, end - t, !all_seen);
-      accumulate(end - t);
+      tile_ = next_;
+      locate(t + kTileTokens, tokens.end);
+      prefetch_ = {next_.rows, next_.count, dim_ * static_cast<index_t>(sizeof(Cached))};
+      score();
+      const bool all_seen = t >= s_.first[last] && t + tile_.count <= s_.limit[0];
+      for (index_t v = 0; v < num_vecs_; ++v) softmax(v * kVecSize, t, tile_.count, !all_seen);
+      accumulate();
     }
   }
 
@@ -231,6 +253,15 @@ class Item {
   }
 
  private:
+  static constexpr bool kScaled = sizeof(Cached) == 1;
+
+  // Where in the cache a tile's tokens are.
+  struct Tile {
+    index_t count;
+    const void* rows[kTileTokens];
+    const float* scales[kTileTokens];  // of its latent and of its RoPE key
+  };
+
   // Scores in units of log2 without a softcap, and of the softcap with one.
   void pack_queries() {
     const double unit = p_.softcap > 0 ? 1.0 / p_.softcap : kLog2E;
@@ -253,42 +284,62 @@ class Item {
     }
   }
 
-  // Tokens [begin, end) as fp32 rows; the last one stands in for those that a block lacks.
-  void load_tile(index_t begin, index_t end) {
-    const int32_t* blocks = p_.block_table + batch_ * p_.block_table_stride;
-    for (index_t t = begin; t < end; ++t) {
-      const T* row = static_cast<const T*>(p_.latent_cache) +
-                     blocks[t / p_.block_size] * p_.cache_stride_block +
-                     t % p_.block_size * p_.cache_stride_token;
-      rows_[t - begin] = as_floats(row, s_.tile + (t - begin) * tile_stride(dim_));
+  // The tile from token `begin` on goes to next_.
+  void locate(index_t begin, index_t end) {
+    next_.count = max(0, min(kTileTokens, end - begin));
+    const int32_t* block = p_.block_table + batch_ * p_.block_table_stride + begin / p_.block_size;
+    index_t slot = begin % p_.block_size;
+    for (index_t i = 0; i < next_.count; ++i) {
+      next_.rows[i] = static_cast<const Cached*>(p_.latent_cache) + *block * p_.cache_stride_block +
+                      slot * p_.cache_stride_token;
+      next_.scales[i] =
+          p_.cache_scales + *block * p_.scales_stride_block + slot * p_.scales_stride_token;
+      if (++slot < p_.block_size) continue;
+      slot = 0;
+      ++block;
     }
-    for (index_t t = end - begin; t % kScoreTokens != 0; ++t) rows_[t] = rows_[t - 1];
   }
 
-  const float* as_floats(const float* row, float*) { return row; }
-  template <class Half>
-  const float* as_floats(const Half* row, float* to) {
-    for (index_t d = 0; d < dim_; d += kVecSize) store(to + d, load_up_to(row + d, dim_ - d));
-    return to;
-  }
-
-  void score(index_t num_tokens) {
-    for (index_t depth = 0; depth < dim_; depth += kDepth) {
-      const index_t length = min(kDepth, dim_ - depth);
-      for (index_t v = 0; v < num_vecs_; v += kScoreVecs) {
-        const index_t width = min(kScoreVecs, num_vecs_ - v);
-        const float* queries = s_.queries + v * kVecSize * dim_ + depth * width * kVecSize;
-        for (index_t t = 0; t < num_tokens; t += kScoreTokens) {
-          const float* keys[kScoreTokens];
-          for (int i = 0; i < kScoreTokens; ++i) keys[i] = rows_[t + i] + depth;
-          float* scores = s_.scores + t * kRows + v * kVecSize;
-          if (width == kScoreVecs) {
-            add_scores<kScoreTokens, kScoreVecs>(keys, queries, length, depth == 0, scores);
-          } else {
-            add_scores<kScoreTokens, 1>(keys, queries, length, depth == 0, scores);
-          }
-        }
+  // Numbers column .. column + size - 1 of the tile's tokens, with one scale, as fp32 in s_.tile.
+  void load_tile(index_t column, index_t size) {
+    for (index_t t = 0; t < tile_.count; ++t) {
+      const Cached* from = static_cast<const Cached*>(tile_.rows[t]) + column;
+      float* to = s_.tile + t * kTileNumbers;
+      const float scale = kScaled ? tile_.scales[t][column >= p_.kv_lora_rank] : 1;
+      const auto convert = [&](index_t d, Vec numbers) {
+        store(to + d, kScaled ? numbers * scale : numbers);
+      };
+      if (size == kTileNumbers) {
+#pragma GCC unroll 16
+        for (index_t d = 0; d < kTileNumbers; d += kVecSize) convert(d, load(from + d));
+      } else {
+        for (index_t d = 0; d < size; d += kVecSize) convert(d, load_up_to(from + d, size - d));
       }
+    }
+  }
+
+  void score() {
+    index_t length;
+    for (index_t depth = 0; depth < dim_; depth += length) {
+      length =
+          min(kTileNumbers, (kScaled && depth < p_.kv_lora_rank ? p_.kv_lora_rank : dim_) - depth);
+      load_tile(depth, length);
+      index_t v = 0;
+      for (; v + kScoreVecs <= num_vecs_; v += kScoreVecs) {
+        score_vecs<kScoreTokens, kScoreVecs>(v, depth, length);
+      }
+      for (; v < num_vecs_; ++v) score_vecs<kScoreVecs * kScoreTokens, 1>(v, depth, length);
+    }
+  }
+
+  // In the last block, tokens that the tile lacks have numbers of earlier tiles, and scores that
+  // nothing reads.
+  template <int N, int V>
+  void score_vecs(index_t first_vec, index_t depth, index_t length) {
+    const float* queries = s_.queries + (first_vec * dim_ + depth * V) * kVecSize;
+    for (index_t t = 0; t < tile_.count; t += N) {
+      add_scores<N, V>(s_.tile + t * kTileNumbers, queries, length, depth == 0,
+                       s_.scores + t * kRows + first_vec * kVecSize, prefetch_);
     }
   }
 
@@ -329,38 +380,56 @@ class Item {
     store(s_.correction + row, correction);
   }
 
-  void accumulate(index_t num_tokens) {
-    constexpr index_t kColumns = kValueVecs * kVecSize;
-    index_t column = 0;
-    for (; column + kColumns <= p_.kv_lora_rank; column += kColumns) {
-      accumulate_columns<kValueVecs>(num_tokens, column);
+  void accumulate() {
+    for (index_t column = 0; column < p_.kv_lora_rank; column += kTileNumbers) {
+      const index_t end = min(column + kTileNumbers, p_.kv_lora_rank);
+      load_values(column, end - column, Cached{});
+      accumulate_columns<kValueVecs>(column, end);
     }
-    for (; column < p_.kv_lora_rank; column += kVecSize) accumulate_columns<1>(num_tokens, column);
   }
 
-  template <int V>
-  void accumulate_columns(index_t num_tokens, index_t column) {
-    index_t r = 0;
-    for (; r + kValueRows <= num_rows_; r += kValueRows) {
-      accumulate_block<kValueRows, V>(num_tokens, column, r);
+  // Values of fp32 are used where they are: a copy costs a tenth of the time of 16 rows.
+  void load_values(index_t column, index_t, float) {
+    for (index_t t = 0; t < tile_.count; ++t) {
+      values_[t] = static_cast<const float*>(tile_.rows[t]) + column;
     }
-    for (; r < num_rows_; ++r) accumulate_block<1, V>(num_tokens, column, r);
+  }
+  template <class Converted>
+  void load_values(index_t column, index_t size, Converted) {
+    load_tile(column, size);
+    for (index_t t = 0; t < tile_.count; ++t) values_[t] = s_.tile + t * kTileNumbers;
+  }
+
+  // V vectors at a time, and the rest by fewer; the last one may be partial.
+  template <int V>
+  void accumulate_columns(index_t first, index_t end, index_t column = 0) {
+    constexpr index_t kLeast = V > 1 ? V * kVecSize : 1;
+    for (; first + column + kLeast <= end; column += V * kVecSize) {
+      index_t r = 0;
+      for (; r + kValueRows <= num_rows_; r += kValueRows) {
+        accumulate_block<kValueRows, V>(first, end, column, r);
+      }
+      for (; r < num_rows_; ++r) accumulate_block<1, V>(first, end, column, r);
+    }
+    if constexpr (V > 1) accumulate_columns<V - 1>(first, end, column);
   }
 
   template <int R, int V>
-  void accumulate_block(index_t num_tokens, index_t column, index_t row) {
-    add_values<R, V>(s_.scores + row, rows_, num_tokens, column, p_.kv_lora_rank - column,
-                     s_.correction + row, s_.sums + row * p_.kv_lora_rank + column,
-                     p_.kv_lora_rank);
+  void accumulate_block(index_t first, index_t end, index_t column, index_t row) {
+    add_values<R, V>(s_.scores + row, values_, tile_.count, column, end - first - column,
+                     s_.correction + row, s_.sums + row * p_.kv_lora_rank + first + column,
+                     p_.kv_lora_rank, prefetch_);
   }
 
   const MlaDecodeParams& p_;
   const Scratch s_;
   const index_t dim_, batch_, first_row_, num_rows_, num_vecs_;
-  const float* rows_[kTileTokens];
+  Tile tile_, next_;
+  const float* values_[kTileTokens];
+  Prefetch prefetch_;
 };
 
-template <class T>
+template <class T, class Cached>
 void attend(const MlaDecodeParams& p, const Workspace& workspace, index_t worker, index_t* next) {
   const Scratch scratch = scratch_of(p, workspace.scratch, worker);
   const index_t num_row_blocks = ceil_div(rows_of(p), kRows);
@@ -374,7 +443,7 @@ void attend(const MlaDecodeParams& p, const Workspace& workspace, index_t worker
 
     const Parts parts = cut(p, batch);
     const index_t begin = parts.tokens.begin + (part - workspace.first_part[batch]) * parts.size;
-    Item<T> rows(p, scratch, batch, row);
+    Item<T, Cached> rows(p, scratch, batch, row);
     rows.attend({begin, min(begin + parts.size, parts.tokens.end)});
     if (parts.count == 1) {
       T* out = static_cast<T*>(p.out) + (batch * rows_of(p) + row) * p.kv_lora_rank;
@@ -450,7 +519,13 @@ void mla_decode_cpu(const MlaDecodeParams& p, const ParallelFor& parallel_for) {
     using T = decltype(zero);
     index_t next = 0;
     run(parallel_for, 0, max(1, num_workers), 1, [&](index_t begin, index_t end) {
-      for (index_t worker = begin; worker < end; ++worker) attend<T>(p, workspace, worker, &next);
+      for (index_t worker = begin; worker < end; ++worker) {
+        if (p.cache_scales) {
+          attend<T, int8_t>(p, workspace, worker, &next);
+        } else {
+          attend<T, T>(p, workspace, worker, &next);
+        }
+      }
     });
     if (num_parts == p.batch_size) return;
     run(parallel_for, 0, p.batch_size * rows_of(p), 8, [&](index_t begin, index_t end) {

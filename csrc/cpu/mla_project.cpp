@@ -1,3 +1,5 @@
+#include <float.h>
+
 #include "vec.h"
 
 namespace transmla::TRANSMLA_ISA {
@@ -66,6 +68,25 @@ void rotate(const T* x, const float* cos_sin, index_t n, T* out) {
   }
 }
 
+// x over its scale, which is the result: see kMaxInt8.
+template <class T>
+float quantize(const T* x, index_t n, int8_t* codes) {
+  Vec top = {}, not_finite = {};  // 0 times a number that is not finite is NaN
+  for (index_t i = 0; i < n; i += kVecSize) {
+    const Vec v = load_up_to(x + i, n - i);
+    top = max(top, max(v, -v));
+    not_finite = fma(v, Vec{}, not_finite);
+  }
+  float largest = 0;
+  for (int i = 0; i < kVecSize; ++i) largest = top[i] > largest ? top[i] : largest;
+  float scale = largest / kMaxInt8;
+  if (scale < FLT_MIN) scale = 1;  // as good as zeros
+  for (index_t i = 0; i < n; i += kVecSize) {
+    store_up_to(codes + i, load_up_to(x + i, n - i) / scale, n - i);
+  }
+  return scale + sum(not_finite);
+}
+
 template <class T>
 class Projection {
  public:
@@ -87,15 +108,24 @@ class Projection {
     for (index_t token = begin; token < end; ++token) {
       const index_t slot = p_.slot_mapping[token];
       if (slot < 0) continue;
-      const T* latent = static_cast<const T*>(p_.kv_a_proj) + token * cache_dim_;
-      T* cached = static_cast<T*>(p_.latent_cache) + slot / p_.block_size * p_.cache_stride_block +
-                  slot % p_.block_size * p_.cache_stride_token;
+      const index_t block = slot / p_.block_size, offset = slot % p_.block_size;
+      const index_t place = block * p_.cache_stride_block + offset * p_.cache_stride_token;
+      // For an int8 cache the token is made where it came from, and then quantised.
+      T* latent = static_cast<T*>(p_.kv_a_proj) + token * cache_dim_;
+      T* cached = p_.cache_scales ? latent : static_cast<T*>(p_.latent_cache) + place;
       if (p_.kv_norm) {
         normalize(latent, static_cast<const T*>(p_.kv_norm), rank, p_.norm_eps, cached);
-      } else {
+      } else if (cached != latent) {
         memcpy(cached, latent, rank * sizeof(T));
       }
       rotate(latent + rank, cos_sin(token), p_.qk_rope_head_dim, cached + rank);
+      if (p_.cache_scales) {
+        float* scales =
+            p_.cache_scales + block * p_.scales_stride_block + offset * p_.scales_stride_token;
+        int8_t* codes = static_cast<int8_t*>(p_.latent_cache) + place;
+        scales[0] = quantize(latent, rank, codes);
+        scales[1] = quantize(latent + rank, p_.qk_rope_head_dim, codes + rank);
+      }
     }
   }
 

@@ -95,6 +95,18 @@ inline Vec load(const Float16* p) {
 #endif
 }
 
+inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  const IVec integers = (IVec)_mm512_maskz_cvtepi8_epi32(-1, _mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  const IVec integers = (IVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  IVec integers;
+  for (int i = 0; i < kVecSize; ++i) integers[i] = p[i];
+#endif
+  return __builtin_convertvector(integers, Vec);
+}
+
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
 inline void store(BFloat16* p, Vec v) {
@@ -128,10 +140,22 @@ inline void store(Float16* p, Vec v) {
 #endif
 }
 
+// Of numbers between -128 and 127, rounded to nearest even.
+inline void store(int8_t* p, Vec v) {
+  const UVec bits = (UVec)(v + 0x1.8p23f);  // the sum's last bits are the nearest integer
+  for (int i = 0; i < kVecSize; ++i) p[i] = static_cast<int8_t>(bits[i]);
+}
+
 // The first `n` numbers, n < kVecSize; the rest is zero.
 #if defined(__AVX512F__)
 inline Vec load_first(const float* p, index_t n) {
   return (Vec)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+}
+
+inline Vec load_first(const int8_t* p, index_t n) {
+  int8_t padded[kVecSize];
+  _mm_storeu_si128((__m128i*)padded, _mm_maskz_loadu_epi8((1 << n) - 1, p));
+  return load(padded);
 }
 
 template <class T>
@@ -143,6 +167,12 @@ inline Vec load_first(const T* p, index_t n) {
 
 inline void store_first(float* p, Vec v, index_t n) {
   _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)v);
+}
+
+inline void store_first(int8_t* p, Vec v, index_t n) {
+  int8_t padded[kVecSize];
+  store(padded, v);
+  _mm_mask_storeu_epi8(p, (1 << n) - 1, _mm_loadu_si128((const __m128i*)padded));
 }
 
 template <class T>

@@ -60,9 +60,10 @@ def mla_project(
         b_q: [num_heads * (qk_nope_head_dim + qk_rope_head_dim)], added after w_q.
         b_kv_a: [kv_lora_rank + qk_rope_head_dim], added after w_kv_a, before the norm and the rotation.
         norm_eps: added to the mean square in both norms.
-        cache_scales: [num_blocks, block_size], fp32, last dimension dense, written in place; latent_cache is then
-            float8_e4m3fn and holds each token over its scale, the least power of two that is at least
-            max|token| / 448 (1 for zeros, NaN for a token that is not finite). CUDA only.
+        cache_scales: fp32, last dimension dense, written in place; latent_cache then holds numbers over their scale,
+            rounded to nearest even, and the scale is 1 for zeros, NaN for what is not finite. On the CPU int8 and
+            [num_blocks, block_size, 2]: max|latent| / 127, max|RoPE key| / 127. On CUDA float8_e4m3fn and
+            [num_blocks, block_size]: the least power of two that is at least max|token| / 448.
     Returns:
         q [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], dtype of hidden: q_nope · W_UK, then rotated q_pe.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with W_UK absorbed into the query.
@@ -106,9 +107,10 @@ def mla_decode(
         sliding_window: a query sees itself and the sliding_window - 1 tokens before it; 0 is off.
         num_splits: parts each sequence is cut into; 0 lets the device decide.
         batch_invariant: cut at fixed token counts, so that a sequence's bits do not depend on its batch.
-        cache_scales: [num_blocks, block_size], fp32, last dimension dense; latent_cache is then float8_e4m3fn and holds
-            each token over its scale, as mla_project writes it. Other scales than powers of two cost a rounding to the
-            dtype of q; NaN is looked for in scales only. CUDA only.
+        cache_scales: fp32, last dimension dense; latent_cache then holds numbers over their scale, as mla_project
+            writes them. On the CPU int8 and [num_blocks, block_size, 2]: of the latent, of the RoPE key. On CUDA
+            float8_e4m3fn and [num_blocks, block_size]: other scales than powers of two cost a rounding to the dtype
+            of q there, and NaN is looked for in scales only.
     Returns:
         out [batch_size, seqlen_q, num_heads, kv_lora_rank], dtype of q, and lse [batch_size, num_heads, seqlen_q],
         fp32, natural log. Query i of a sequence of length n sees tokens 0 .. n - seqlen_q + i (causal).

@@ -60,7 +60,14 @@ def mla_project(
     stored = slot_mapping >= 0
     block, offset = slot_mapping[stored] // latent_cache.size(1), slot_mapping[stored] % latent_cache.size(1)
     rows = torch.cat((latent, _rotate(k_pe, cos, sin)), dim=-1)[stored]
-    if cache_scales is not None:
+    if cache_scales is not None and latent_cache.dtype == torch.int8:
+        parts = rows.tensor_split((kv_lora_rank,), dim=-1)
+        largest = torch.stack([_widen(F.pad(part, (0, 1)).abs().amax(-1)) for part in parts], dim=-1)
+        scales = largest / torch.iinfo(torch.int8).max
+        scales = scales.where(scales >= torch.finfo(torch.float32).tiny, 1)
+        cache_scales[block, offset] = scales = scales.where(largest.isfinite(), torch.nan)
+        rows = torch.cat([part / scale for part, scale in zip(parts, scales.split(1, -1), strict=True)], dim=-1).round()
+    elif cache_scales is not None:
         scales = _widen(rows.abs().amax(-1)) / torch.finfo(torch.float8_e4m3fn).max
         mantissa, exponent = torch.frexp(scales)
         powers = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())  # 1 for zeros
@@ -98,7 +105,12 @@ def mla_decode(
         blocks = block_table[i, : -(-seqlen // block_size)].long()
         keys = latent_cache[blocks].flatten(0, 1)[:seqlen]
         if cache_scales is not None:
-            scales = cache_scales[blocks].flatten()[:seqlen, None]
+            scales = cache_scales[blocks].flatten(0, 1)[:seqlen]
+            if keys.dtype == torch.int8:
+                sizes = torch.tensor([kv_lora_rank, keys.size(-1) - kv_lora_rank], device=q.device)
+                scales = scales.repeat_interleave(sizes, dim=-1)
+            else:
+                scales = scales[:, None]
             keys = (keys.to(scales.dtype) * scales).to(q.dtype)
         scores = torch.einsum("qhd,kd->hqk", q[i], keys) * softmax_scale
         if softcap:

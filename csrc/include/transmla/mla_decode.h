@@ -8,19 +8,22 @@ namespace transmla {
 struct MlaDecodeParams {
   const void* q;               // [batch_size, seqlen_q, num_heads, kv_lora_rank + qk_rope_head_dim]
   const void* latent_cache;    // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
-  const float* cache_scales;   // [num_blocks, block_size], dense rows, and latent_cache is
-                               // float8_e4m3fn, a token's numbers over its scale; or nullptr
+  const float* cache_scales;   // nullptr, or latent_cache is of one-byte numbers over their scales:
+                               // float8_e4m3fn over [num_blocks, block_size], dense rows (CUDA), or
+                               // int8 over [num_blocks, block_size, 2], latent and RoPE key (CPU)
   const int32_t* block_table;  // [batch_size, max_blocks]; entries past the end are never read
   const int32_t* cache_seqlens;  // [batch_size]; tokens in the cache, the seqlen_q new included
   void* out;                     // [batch_size, seqlen_q, num_heads, kv_lora_rank], contiguous
   float* lse;                    // [batch_size, num_heads, seqlen_q], contiguous, natural log
   DType dtype;                   // of q, out and, without cache_scales, latent_cache
+  bool is_cache_int8;
 
   index_t batch_size, seqlen_q, num_heads, kv_lora_rank, qk_rope_head_dim;
   index_t num_blocks, block_size, max_blocks;
   // Strides in elements; the last dimension is dense.
   index_t q_stride_batch, q_stride_token, q_stride_head;
   index_t cache_stride_block, cache_stride_token, scales_stride_block;
+  index_t scales_stride_token;  // of an int8 cache
   index_t block_table_stride;
 
   float softmax_scale;     // applied to q·k before the softmax

@@ -7,7 +7,8 @@ namespace transmla {
 
 struct MlaProjectParams {
   const void* q_proj;  // [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], contiguous
-  const void* kv_a_proj;        // [num_tokens, kv_lora_rank + qk_rope_head_dim], contiguous
+  void* kv_a_proj;  // [num_tokens, kv_lora_rank + qk_rope_head_dim], contiguous; overwritten if the
+                    // cache is int8
   const void* w_uk;             // [num_heads, qk_nope_head_dim, kv_lora_rank], last dimension dense
   const void* kv_norm;          // [kv_lora_rank] RMSNorm weight of the latent, or nullptr
   const float* cos_sin;         // [max_position, qk_rope_head_dim], contiguous: cosines, then sines
@@ -15,15 +16,18 @@ struct MlaProjectParams {
   const int64_t* slot_mapping;  // [num_tokens], block * block_size + offset; negative: not stored
   void* q;              // [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], contiguous
   void* latent_cache;   // [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
-  float* cache_scales;  // [num_blocks, block_size], dense rows, and latent_cache is float8_e4m3fn,
-                        // a token's numbers over its scale; or nullptr
+  float* cache_scales;  // nullptr, or latent_cache is of one-byte numbers over their scales:
+                        // float8_e4m3fn over [num_blocks, block_size], dense rows (CUDA), or
+                        // int8 over [num_blocks, block_size, 2], latent and RoPE key (CPU)
   DType dtype;          // of every tensor whose type is void, but for such a cache
+  bool is_cache_int8;
 
   index_t num_tokens, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim;
   index_t num_blocks, block_size, max_position;
   // Strides in elements: a slice of kv_b_proj.weight is used in place.
   index_t w_uk_stride_head, w_uk_stride_row;
   index_t cache_stride_block, cache_stride_token, scales_stride_block;
+  index_t scales_stride_token;  // of an int8 cache
 
   float norm_eps;  // added to the mean square of the latent
 };

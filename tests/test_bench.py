@@ -51,7 +51,7 @@ def test_input_sets_share_the_block_table_and_nothing_else() -> None:
     assert not torch.equal(first["latent_cache"], second["latent_cache"])
 
 
-@pytest.mark.parametrize("name", ["torch bmm", "torch SDPA"])
+@pytest.mark.parametrize("name", ["torch bmm", "torch SDPA", "torch GEMM"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_compositions_in_torch_compute_the_op(name: str, batch_size: int) -> None:
     (args,) = Case(batch_size=batch_size, seqlen=64, num_heads=5, **SMALL).inputs(CPU, 1)
@@ -103,7 +103,7 @@ def test_a_case_is_timed_against_every_baseline(monkeypatch: pytest.MonkeyPatch)
     case = Case(batch_size=2, seqlen=64, num_heads=2, **SMALL)
     result = compare.time_case(case, CPU, Roofline(bandwidth=1e10, flops=1e11), budget=0)
     assert result["num_sets"] * case.num_bytes > 2 * 100_000
-    for name in (compare.OURS, "torch bmm", "torch SDPA"):
+    for name in (compare.OURS, "torch bmm", "torch SDPA", "torch GEMM"):
         figures = result[name]
         assert 0 < figures["us, lower quartile"] <= figures["us"] <= figures["us, upper quartile"]
         assert figures["GB/s"] == pytest.approx(case.num_bytes / figures["us"] / 1e3)

@@ -11,10 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BASELINES", "Args", "Case", "flash_mla", "flashinfer", "torch_bmm", "torch_sdpa"]
+__all__ = [
+    "BASELINES",
+    "CASES",
+    "OP",
+    "QUICK",
+    "Args",
+    "Case",
+    "flash_mla",
+    "flashinfer",
+    "mla_decode",
+    "torch_bmm",
+    "torch_gemm",
+    "torch_sdpa",
+]
 
 Args = dict[str, Any]
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer asks for
+_CHUNK_TOKENS = 512  # of torch_gemm: in fp32 they fill half of a core's L2 cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +93,25 @@ class Case:
         ]
 
     def __str__(self) -> str:
-        return f"batch {self.batch_size}, context {self.seqlen:,}, {self.num_heads} heads"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"batch {self.batch_size}, context {self.seqlen:,}, {self.num_heads} heads, {dtype}"
+
+
+def mla_decode(**args: Any) -> tuple[Tensor, Tensor]:
+    from transmla_ext import ops  # here, since the package may have been built a moment ago
+
+    return ops.mla_decode(**args)
+
+
+OP = mla_decode
+CASES = [
+    Case(batch_size=batch_size, seqlen=seqlen, num_heads=num_heads, dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for batch_size in (1, 8)
+    for seqlen in (1024, 8192, 32768)
+    for num_heads in (16, 32, 128)
+]
+QUICK = [case for case in CASES if (case.batch_size, case.seqlen) == (1, 8192) and case.num_heads < 128]
 
 
 def torch_bmm(
@@ -109,6 +141,31 @@ def torch_sdpa(
     return F.scaled_dot_product_attention(
         q.transpose(1, 2).reshape(len(q), 1, -1, q.size(-1)), keys, keys[..., :kv_lora_rank], scale=softmax_scale
     )
+
+
+def torch_gemm(
+    q: Tensor,
+    latent_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    kv_lora_rank: int,
+    softmax_scale: float,
+) -> Tensor:
+    """The same by fp32 GEMMs over chunks of tokens and an online softmax: a CPU has no fast GEMM of bf16."""
+    outs = []
+    for query, blocks in zip(q[:, 0].float() * softmax_scale, block_table, strict=True):
+        out, total = query.new_zeros(len(query), kv_lora_rank), query.new_zeros(len(query), 1)
+        top = query.new_full((len(query), 1), -torch.inf)
+        for chunk in blocks.split(max(1, _CHUNK_TOKENS // latent_cache.size(1))):
+            keys = latent_cache[chunk].flatten(0, 1).float()
+            scores = query @ keys.T
+            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            weights, correction = scores.sub_(new_top).exp_(), (top - new_top).exp_()
+            out = out.mul_(correction).addmm_(weights, keys[:, :kv_lora_rank])
+            total = total * correction + weights.sum(-1, keepdim=True)
+            top = new_top
+        outs.append(out / total)
+    return torch.stack(outs)[:, None].to(q.dtype)
 
 
 def flash_mla(args: Args) -> Callable[..., Tensor]:
@@ -161,6 +218,7 @@ def _is_installed(module: str) -> bool:
 BASELINES: dict[str, Callable[[Args], Callable[..., Tensor]]] = {
     "torch bmm": lambda _: torch_bmm,
     "torch SDPA": lambda _: torch_sdpa,
+    "torch GEMM": lambda _: torch_gemm,
     **({"FlashMLA": flash_mla} if _is_installed("flash_mla") else {}),
     **({"FlashInfer": flashinfer} if _is_installed("flashinfer") else {}),
 }

@@ -7,7 +7,7 @@ INSTALLED := $(ENV)/.transmla_ext
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 CXX_FILES = $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda mutations bench-gpu lint format build
+.PHONY: demo test test-cuda mutations bench bench-gpu lint format build
 demo: $(INSTALLED) $(SMOLLM2); $(PYTHON) examples/demo.py $(SMOLLM2) demo
 test: $(INSTALLED) $(SMOLLM2); $(PYTHON) -m pytest tests -q --durations=10
 # Needs nvcc, which comes as wheels where there is none, and no GPU: the kernels run on the CPU.
@@ -16,6 +16,8 @@ test-cuda: $(INSTALLED)
 	$(PYTHON) -m pytest tests/ptxvm tests/cuda -q --durations=10
 # Breaks the CUDA kernels, one line at a time, and says which test notices.
 mutations: $(INSTALLED); $(PYTHON) tests/cuda/mutations.py
+# Times the CPU kernels beside torch; `pytest bench --benchmark-only` does so for a few cases.
+bench: $(INSTALLED); $(PYTHON) bench/run.py
 # Needs a GPU.
 bench-gpu: $(INSTALLED); $(PYTHON) bench/gpu.py
 lint: $(INSTALLED); $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy && $(ENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)

@@ -23,8 +23,9 @@ from xml.etree import ElementTree
 
 import model
 import torch
+from cases import mla_decode
 from cases.mla_decode import Case
-from compare import headings, key, line, time_case
+from compare import headings, line, time_case
 from roofline import measure_roofline
 
 ROOT = Path(__file__).parents[1]
@@ -82,10 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _dry_run(cases: Iterable[Case]) -> list[str]:
     names = "".join(f"{device.name:>12}" for device in model.DEVICES)
-    lines = [f"{'batch':>5} {'context':>8} {'heads':>6} {'MB':>10} {'GFLOP':>9}  floor, us (model):{names}"]
+    lines = [f"{'':<36} {'MB':>10} {'GFLOP':>9}  floor, us (model):{names}"]
     for case in cases:
         floors = "".join(f"{1e6 * device.seconds(case):>12,.2f}" for device in model.DEVICES)
-        lines.append(f"{key(case)} {case.num_bytes / 1e6:>10,.2f} {case.flops / 1e9:>9,.2f}{'':>20}{floors}")
+        lines.append(f"{case!s:<36} {case.num_bytes / 1e6:>10,.2f} {case.flops / 1e9:>9,.2f}{'':>20}{floors}")
     return lines
 
 
@@ -108,12 +109,12 @@ def _run(cases: list[Case], args: argparse.Namespace) -> None:
     roofline = measure_roofline(device, torch.bfloat16)
     results["roofline"] = asdict(roofline)
     print(f"copy: {roofline.bandwidth / 1e9:,.0f} GB/s, GEMM: {roofline.flops / 1e12:,.0f} TFLOP/s, both measured now")
-    print(headings())
+    print(headings(mla_decode))
     results["cases"] = []
     for case in cases:
-        result = time_case(case, device, roofline)
+        result = time_case(mla_decode, case, device, roofline)
         results["cases"].append(result)
-        print(line(case, result), flush=True)
+        print(line(mla_decode, result), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")  # each time: a run that is killed leaves what it has
     print(f"written to {path}")

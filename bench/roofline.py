@@ -1,4 +1,4 @@
-"""What a device can do at best, measured: bytes it copies and multiply-adds it makes in a second."""
+"""What a device can do at best, measured: bytes it moves and multiply-adds it makes in a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timing import measure
 
 __all__ = ["Roofline", "cache_bytes", "measure_roofline"]
 
-_MIN_COPY_BYTES = 256 << 20
+_MIN_STREAM_BYTES = 256 << 20
 _GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
@@ -18,7 +18,9 @@ _GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
 class Roofline:
     """Ceilings of a device."""
 
-    bandwidth: float  # bytes/s of a copy, read and written ones together
+    bandwidth: (
+        float  # bytes/s; on a GPU of a copy, read and written ones together, on a CPU of two streams that are read
+    )
     flops: float  # FLOP/s of a square GEMM
 
     def seconds(self, num_bytes: int, flops: int) -> float:
@@ -34,12 +36,18 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size.removesuffix("K")) << 10 for size in sizes), default=64 << 20)
 
 
-def measure_roofline(device: torch.device, dtype: torch.dtype, *, copy_bytes: int = 0, gemm_size: int = 0) -> Roofline:
-    """Copies much more than the cache holds, and multiplies square matrices; 0 takes sizes that suit the device."""
-    copy_bytes = copy_bytes or max(_MIN_COPY_BYTES, 4 * cache_bytes(device))
-    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
-    copy = measure(torch.empty_like(source).copy_, [{"other": source}], device=device)
+def measure_roofline(
+    device: torch.device, dtype: torch.dtype, *, stream_bytes: int = 0, gemm_size: int = 0
+) -> Roofline:
+    """Streams much more than the cache holds, and multiplies square matrices; 0 takes sizes that suit the device.
+
+    A CPU writes little in all of the ops, and its stores read what they write over: there the stream is a dot product.
+    """
+    stream_bytes = stream_bytes or max(_MIN_STREAM_BYTES, 4 * cache_bytes(device))
+    first, second = torch.ones(2, stream_bytes // 4, device=device)
+    stream = first.copy_ if device.type == "cuda" else first.dot
+    streamed = measure(lambda: stream(second), [{}], device=device)
     gemm_size = gemm_size or _GEMM_SIZE[device.type]
     factor = torch.randn(gemm_size, gemm_size, device=device).to(dtype)
     gemm = measure(torch.mm, [{"input": factor, "mat2": factor}], device=device)
-    return Roofline(2 * copy_bytes / copy.seconds, 2 * gemm_size**3 / gemm.seconds)
+    return Roofline(2 * first.nbytes / streamed.seconds, 2 * gemm_size**3 / gemm.seconds)

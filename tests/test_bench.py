@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import gpu
 import model
 import pytest
 import roofline
+import run
 import torch
 from cases import mla_decode
 from cases.mla_decode import BASELINES, Case
@@ -101,14 +103,15 @@ def test_other_libraries_get_their_own_layouts(monkeypatch: pytest.MonkeyPatch) 
 def test_a_case_is_timed_against_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "cache_bytes", lambda _: 100_000)
     case = Case(batch_size=2, seqlen=64, num_heads=2, **SMALL)
-    result = compare.time_case(case, CPU, Roofline(bandwidth=1e10, flops=1e11), budget=0)
+    result = compare.time_case(mla_decode, case, CPU, Roofline(bandwidth=1e10, flops=1e11), budget=0)
     assert result["num_sets"] * case.num_bytes > 2 * 100_000
     for name in (compare.OURS, "torch bmm", "torch SDPA", "torch GEMM"):
         figures = result[name]
         assert 0 < figures["us, lower quartile"] <= figures["us"] <= figures["us, upper quartile"]
         assert figures["GB/s"] == pytest.approx(case.num_bytes / figures["us"] / 1e3)
-        assert figures["% of copy"] == pytest.approx(10 * figures["GB/s"])
-    assert len(compare.line(case, result).splitlines()) == 1
+        assert figures["% of bandwidth"] == pytest.approx(10 * figures["GB/s"])
+        assert figures["% of GEMM"] == pytest.approx(figures["GFLOP/s"])
+    assert len(compare.line(mla_decode, result).splitlines()) == 1
 
 
 def test_what_does_not_fit_or_does_not_agree_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,17 +124,17 @@ def test_what_does_not_fit_or_does_not_agree_is_skipped_and_says_so(monkeypatch:
     def absent(args: dict[str, Any]) -> Any:
         raise RuntimeError("only on another GPU\nand more")
 
-    monkeypatch.setattr(compare, "BASELINES", {"twice": twice, "absent": absent, "torch bmm": absent})
+    monkeypatch.setattr(mla_decode, "BASELINES", {"twice": twice, "absent": absent, "torch bmm": absent})
     monkeypatch.setattr(compare, "_free_bytes", lambda _: case.num_bytes)
-    result = compare.time_case(case, CPU, ceilings, budget=0)
-    assert result["twice"]["skipped"] == "its result differs from mla_decode's by 100.0%"
+    result = compare.time_case(mla_decode, case, CPU, ceilings, budget=0)
+    assert result["twice"]["skipped"] == "its result differs from ours by 100.0%"
     assert result["absent"]["skipped"] == "RuntimeError: only on another GPU"
     assert case.gathered_bytes > case.num_bytes
     assert "are free" in result["torch bmm"]["skipped"]
-    text = compare.line(case, result)
+    text = compare.line(mla_decode, result)
     assert "absent: RuntimeError: only on another GPU" in text
     monkeypatch.setattr(compare, "_free_bytes", lambda _: 0)
-    assert "are free" in compare.line(case, compare.time_case(case, CPU, ceilings, budget=0))
+    assert "are free" in compare.line(mla_decode, compare.time_case(mla_decode, case, CPU, ceilings, budget=0))
 
 
 def test_every_set_of_inputs_has_its_turn() -> None:
@@ -144,12 +147,12 @@ def test_every_set_of_inputs_has_its_turn() -> None:
 def test_a_roofline_is_the_slower_of_moving_and_computing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Roofline(bandwidth=10, flops=100).seconds(num_bytes=20, flops=100) == 2
     assert Roofline(bandwidth=10, flops=100).seconds(num_bytes=20, flops=500) == 5
-    measured = measure_roofline(CPU, torch.float32, copy_bytes=1 << 20, gemm_size=64)
+    measured = measure_roofline(CPU, torch.float32, stream_bytes=1 << 20, gemm_size=64)
     assert 1e7 < measured.bandwidth < 1e13
     assert 1e7 < measured.flops < 1e15
     monkeypatch.setattr(roofline, "measure", lambda *_, **__: Timing(2.0, 2.0, 2.0, 1))
-    measured = measure_roofline(CPU, torch.float32, copy_bytes=1 << 20, gemm_size=64)
-    assert measured == Roofline(bandwidth=2**20, flops=64**3)  # a copy reads and writes, a multiply-add is two FLOPs
+    measured = measure_roofline(CPU, torch.float32, stream_bytes=1 << 20, gemm_size=64)
+    assert measured == Roofline(bandwidth=2**20, flops=64**3)  # of both streams; a multiply-add is two FLOPs
 
 
 def test_the_model_has_the_figures_of_the_capacity_planner() -> None:
@@ -183,7 +186,20 @@ def test_dry_run_lists_the_cases_with_their_floors(capsys: pytest.CaptureFixture
     heading, line, _ = capsys.readouterr().out.splitlines()
     assert "model" in heading
     # 304.24 MB / 2.039 TB/s
-    assert line.split() == ["32", "8,192", "32", "304.24", "18.25", "149.21", "90.82", "38.03"]
+    assert line.split() == [
+        "batch",
+        "32,",
+        "context",
+        "8,192,",
+        "32",
+        "heads,",
+        "bfloat16",
+        "304.24",
+        "18.25",
+        "149.21",
+        "90.82",
+        "38.03",
+    ]
 
 
 def test_the_modelled_results_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,3 +242,30 @@ def test_which_gpus_a_build_runs_on(arch: str, capability: tuple[int, int], runs
 def test_a_build_for_another_gpu_is_said_to_be_missing() -> None:
     with pytest.raises(gpu.BenchError, match=r"CMAKE_CUDA_ARCHITECTURES=70-real.* -m pip install"):
         gpu._ensure_built(7, 0, build=False)
+
+
+def test_a_run_prints_and_keeps_every_case_and_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    monkeypatch.setattr(compare, "cache_bytes", lambda _: 0)
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: Roofline(bandwidth=1e10, flops=1e11))
+    monkeypatch.setattr(mla_decode, "QUICK", [Case(batch_size=b, seqlen=64, num_heads=2, **SMALL) for b in (1, 2)])
+    options = ["--op", "mla_decode", "--quick", "--threads", "1", "--budget", "0"]
+    results, picture = tmp_path / "cpu.json", tmp_path / "cpu.png"
+    assert run.main([*options, "--json", str(results), "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "batch 2, context 64, 2 heads, float32" in out
+    first, second = json.loads(results.read_text())["cases"]
+    assert (first["op"], first["threads"], second["batch_size"]) == ("mla_decode", 1, 2)
+    ratios = [min(r[name]["us"] for name in BASELINES if "us" in r[name]) / r["ours"]["us"] for r in (first, second)]
+    row = next(line for line in out.splitlines() if line.startswith("mla_decode    "))
+    assert row.split()[-2:] == [f"{min(ratios):.2f}", "×"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", run.OPS)
+def test_every_op_has_cases_and_something_to_compare_with(name: str) -> None:
+    op = run.load_op(name)
+    for cases in (op.QUICK, op.CASES):
+        assert len({str(case) for case in cases}) == len(cases) > 0
+    assert op.BASELINES

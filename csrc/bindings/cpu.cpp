@@ -8,6 +8,7 @@
 #include "linear.h"
 #include "merge_attn_states.h"
 #include "mla_decode.h"
+#include "mla_prefill.h"
 #include "mla_project.h"
 #include "rms_norm.h"
 
@@ -61,6 +62,10 @@ struct Cpu {
     run_in_workspace(params, mla_decode_cpu_workspace_size, mla_decode_cpu);
   }
 
+  static void launch(const MlaPrefillParams& params, const Tensor&) {
+    run_in_workspace(params, mla_prefill_cpu_workspace_size, mla_prefill_cpu);
+  }
+
   static void launch(const MergeAttnStatesParams& params, const Tensor&) {
     merge_attn_states_cpu(params, torch_pool());
   }
@@ -97,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(transmla, CPU, m) {
   using namespace transmla;
   m.impl("mla_project", TORCH_BOX(&mla_project<Cpu>));
   m.impl("mla_decode", TORCH_BOX(&mla_decode<Cpu>));
+  m.impl("mla_prefill", TORCH_BOX(&mla_prefill<Cpu>));
   m.impl("linear", TORCH_BOX(&linear<Cpu>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cpu>));
   m.impl("rms_norm", TORCH_BOX(&rms_norm<Cpu>));

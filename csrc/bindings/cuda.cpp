@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "merge_attn_states.h"
 #include "mla_decode.h"
+#include "mla_prefill.h"
 #include "mla_project.h"
 #include "rms_norm.h"
 
@@ -108,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(transmla, CUDA, m) {
   using namespace transmla;
   m.impl("mla_project", TORCH_BOX(&mla_project<Cuda>));
   m.impl("mla_decode", TORCH_BOX(&mla_decode<Cuda>));
+  m.impl("mla_prefill", TORCH_BOX(&mla_prefill<Cuda>));
   m.impl("linear", TORCH_BOX(&linear<Cuda>));
   m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states<Cuda>));
   m.impl("rms_norm", TORCH_BOX(&rms_norm<Cuda>));

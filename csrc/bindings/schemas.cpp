@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(transmla, m) {
       "bool batch_invariant, Tensor? cache_scales=None) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def(
+      "mla_prefill(Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "float softmax_scale, bool causal, float softcap, int sliding_window) -> (Tensor, Tensor)");
+  m.def(
       "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
       "(Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

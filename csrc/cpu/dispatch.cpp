@@ -51,6 +51,14 @@ void mla_decode_cpu(const MlaDecodeParams& params, const ParallelFor& parallel_f
   TRANSMLA_DISPATCH(mla_decode_cpu(params, parallel_for));
 }
 
+size_t mla_prefill_cpu_workspace_size(const MlaPrefillParams& params, int num_threads) {
+  TRANSMLA_DISPATCH(mla_prefill_cpu_workspace_size(params, num_threads));
+}
+
+void mla_prefill_cpu(const MlaPrefillParams& params, const ParallelFor& parallel_for) {
+  TRANSMLA_DISPATCH(mla_prefill_cpu(params, parallel_for));
+}
+
 void merge_attn_states_cpu(const MergeAttnStatesParams& params, const ParallelFor& parallel_for) {
   TRANSMLA_DISPATCH(merge_attn_states_cpu(params, parallel_for));
 }

@@ -11,6 +11,8 @@
   void mla_project_cpu(const MlaProjectParams& params, const ParallelFor& parallel_for);        \
   size_t mla_decode_cpu_workspace_size(const MlaDecodeParams& params, int num_threads);         \
   void mla_decode_cpu(const MlaDecodeParams& params, const ParallelFor& parallel_for);          \
+  size_t mla_prefill_cpu_workspace_size(const MlaPrefillParams& params, int num_threads);       \
+  void mla_prefill_cpu(const MlaPrefillParams& params, const ParallelFor& parallel_for);        \
   void merge_attn_states_cpu(const MergeAttnStatesParams& params,                               \
                              const ParallelFor& parallel_for);                                  \
   size_t covariance_add_cpu_workspace_size(const CovarianceAddParams& params, int num_threads); \

@@ -18,6 +18,7 @@ __all__ = [
     "linear",
     "merge_attn_states",
     "mla_decode",
+    "mla_prefill",
     "mla_project",
     "rms_norm",
 ]
@@ -129,6 +130,54 @@ def _(q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, 
     batch_size, seqlen_q, num_heads, _ = q.shape
     out = q.new_empty(batch_size, seqlen_q, num_heads, kv_lora_rank)
     return out, q.new_empty(batch_size, num_heads, seqlen_q, dtype=torch.float32)
+
+
+def mla_prefill(
+    q: Tensor,
+    kv: Tensor,
+    k_pe: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    *,
+    causal: bool = True,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of many new tokens over keys and values that were expanded from latents; CPU only.
+
+    The sequences of a batch lie behind each other, without padding. No memory is taken that grows with their lengths.
+
+    Args:
+        q: [num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim], bf16, fp16 or fp32, last dimension dense, RoPE
+            last and rotated.
+        kv: [num_kv_tokens, num_heads, qk_nope_head_dim + v_head_dim], dtype of q, last dimension dense: what kv_b_proj
+            makes of latents, keys first. qk_nope_head_dim may be 0.
+        k_pe: [num_kv_tokens, qk_rope_head_dim], dtype of q, last dimension dense: the rotated key that all heads share.
+        cu_seqlens_q: [batch_size + 1], int32, from 0 to num_tokens: sequence b has tokens cu_seqlens_q[b] up to
+            cu_seqlens_q[b + 1] of q.
+        cu_seqlens_k: [batch_size + 1], int32, from 0 to num_kv_tokens: the same of kv and k_pe.
+        softmax_scale: applied to q·k before the softmax.
+        causal: the queries are the last tokens of kv and see no later one; else each sees all of its sequence, as in a
+            part of it that merge_attn_states is to join.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        sliding_window: a query sees itself and the sliding_window - 1 tokens before it; 0 is off. Needs causal.
+    Returns:
+        out [num_tokens, num_heads, v_head_dim], dtype of q, and lse [num_heads, num_tokens], fp32, natural log.
+        A query that sees nothing gives out = 0 and lse = -inf.
+    Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, with the heads of DeepSeek-V2 (arXiv 2405.04434).
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_prefill(
+        q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, softcap, sliding_window
+    )
+    return out
+
+
+@torch.library.register_fake("transmla::mla_prefill")
+def _(q, kv, k_pe, *_rest):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads, qk_head_dim = q.shape
+    v_head_dim = kv.size(2) + k_pe.size(1) - qk_head_dim
+    return q.new_empty(num_tokens, num_heads, v_head_dim), q.new_empty(num_heads, num_tokens, dtype=torch.float32)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

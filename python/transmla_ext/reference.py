@@ -3,6 +3,8 @@ eager torch makes of it. Signatures, shapes and semantics are those of ``ops``; 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ __all__ = [
     "linear",
     "merge_attn_states",
     "mla_decode",
+    "mla_prefill",
     "mla_project",
     "rms_norm",
 ]
@@ -122,6 +125,40 @@ def mla_decode(
         lse[i] = scores.logsumexp(-1)
         weights = (scores - lse[i][..., None]).exp().masked_fill(unseen.to(q.device), 0)
         out[i] = torch.einsum("hqk,kr->qhr", weights.to(q.dtype), keys[:, :kv_lora_rank])
+    return out, lse
+
+
+def mla_prefill(
+    q: Tensor,
+    kv: Tensor,
+    k_pe: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    *,
+    causal: bool = True,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, qk_head_dim = q.shape
+    k_nope, value = kv.tensor_split((qk_head_dim - k_pe.size(1),), dim=-1)
+    key = torch.cat((k_nope, k_pe[:, None].expand(-1, num_heads, -1)), dim=-1)
+    out = q.new_empty(num_tokens, num_heads, value.size(-1))
+    lse = _widen(q.new_empty(num_heads, num_tokens))
+    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    for (q_begin, k_begin), (q_end, k_end) in itertools.pairwise(ends):
+        new, seen = slice(q_begin, q_end), slice(k_begin, k_end)
+        scores = torch.einsum("qhd,khd->hqk", q[new], key[seen]) * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        # Distance from each query (row) back to each token.
+        seqlen_q, seqlen_k = q_end - q_begin, k_end - k_begin
+        past = torch.arange(seqlen_k - seqlen_q, seqlen_k)[:, None] - torch.arange(seqlen_k)
+        unseen = ((past < 0) & causal) | ((past >= sliding_window) if sliding_window else False)
+        scores = _widen(scores).masked_fill(unseen.to(q.device), -torch.inf)
+        lse[:, new] = scores.logsumexp(-1)
+        weights = (scores - lse[:, new, None]).exp().masked_fill(unseen.to(q.device), 0)
+        out[new] = torch.einsum("hqk,khv->qhv", weights.to(q.dtype), value[seen])
     return out, lse
 
 

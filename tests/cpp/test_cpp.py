@@ -34,5 +34,5 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_
         "-DTRANSMLA_SANITIZE=address,undefined",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
-        programs=("decode", "linear", "sweep"),
+        programs=("decode", "linear", "prefill", "sweep"),
     )

@@ -72,3 +72,10 @@ def test_every_launcher_is_registered() -> None:
 def test_without_a_device_an_op_says_so(op: str) -> None:
     with pytest.raises(RuntimeError, match=rf"transmla::{op}_?: the CUDA kernel needs tensors on a CUDA device"):
         overload(op).redispatch(torch._C.DispatchKeySet(CUDA), *ARGS[op]())
+
+
+def test_an_op_without_a_kernel_says_so() -> None:
+    ends = torch.tensor([0, 2], dtype=torch.int32)
+    args = torch.ones(2, 3, 24), torch.ones(2, 3, 32), torch.ones(2, 8), ends, ends, 1.0, True, 0.0, 0
+    with pytest.raises(RuntimeError, match="transmla::mla_prefill: there is no CUDA kernel"):
+        overload("mla_prefill").redispatch(torch._C.DispatchKeySet(CUDA), *args)

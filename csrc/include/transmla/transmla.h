@@ -9,5 +9,6 @@
 #include "transmla/linear.h"
 #include "transmla/merge_attn_states.h"
 #include "transmla/mla_decode.h"
+#include "transmla/mla_prefill.h"
 #include "transmla/mla_project.h"
 #include "transmla/types.h"

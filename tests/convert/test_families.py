@@ -90,6 +90,11 @@ def test_full_rank_is_the_original(tiny_model: Callable[..., Path], tmp_path: Pa
 
     # Prefill in chunks, ragged, then decode, past the window where there is one.
     prompts = [tokens[0, :50].tolist(), tokens[1, :9].tolist()]
+    runtime._prefills_fused = False  # as on a GPU
+    logits, sequences = runtime.prefill(prompts, chunk_size=16)
+    torch.testing.assert_close(logits, torch.stack([expected[0, 49], expected[1, 8]]), atol=1e-4, rtol=0)
+    runtime.free(sequences)
+    runtime._prefills_fused = True
     logits, sequences = runtime.prefill(prompts, chunk_size=16)
     for i in range(20):
         ends = torch.stack([expected[0, 49 + i], expected[1, 8 + i]])

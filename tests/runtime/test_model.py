@@ -31,11 +31,13 @@ def poison_free_pages(model, live):
         layer[free] = torch.nan
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["mla_prefill", "sdpa"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decode_is_prefill_is_transformers(checkpoints, name):
+def test_decode_is_prefill_is_transformers(checkpoints, name, fused):
     ids = sequences_of(24)
     expected = transformers_logits(checkpoints[name], ids)
     model = load(checkpoints[name], block_size=4, max_tokens=256)
+    model._prefills_fused = fused
 
     # Leave holes, so that the sequences under test get scattered, used pages.
     _, junk = model.prefill(sequences_of(9, num=8))
@@ -58,10 +60,12 @@ def test_decode_is_prefill_is_transformers(checkpoints, name):
     model.free(junk)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["mla_prefill", "sdpa"])
 @pytest.mark.parametrize("name", ["native", "stock-q-lora"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 16])
-def test_chunked_prefill_is_whole_prefill(checkpoints, name, chunk_size):
+def test_chunked_prefill_is_whole_prefill(checkpoints, name, chunk_size, fused):
     model = load(checkpoints[name], block_size=4)
+    model._prefills_fused = fused
     prompts = [ids[:n] for ids, n in zip(sequences_of(14), LENGTHS, strict=True)]
     expected, _ = model.prefill(prompts)
     actual, sequences = model.prefill(prompts, chunk_size=chunk_size)

@@ -25,7 +25,8 @@ class Piece:
     new: slice  # of the step's tokens
     seqlen: int  # tokens in the cache, the new ones included
     blocks: Tensor  # [ceil(seqlen / block_size)], int32
-    masks: Mapping[int, Tensor | None]  # by sliding window, [num_new, seqlen], bool; None: the whole sequence, causal
+    # By sliding window, [num_new, seqlen], bool; None: the whole sequence, causal. No masks: ops.mla_prefill attends.
+    masks: Mapping[int, Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Step:
 class PagedAttention(nn.Module):
     """Latent attention with the weights of a native or DeepSeek attention module, which it replaces in a decoder layer.
 
-    One new token for each sequence runs absorbed, through the ops; a prompt expands keys and values once per chunk,
-    unless its scores are soft-capped, which SDPA does not do and ops.mla_decode does. Where queries and keys are
-    normalised, the projections in front of the norms run in plain torch.
+    One new token for each sequence runs absorbed, through the ops; a prompt expands keys and values once per chunk, for
+    ops.mla_prefill or, where that has no kernel, for SDPA. SDPA does not soft-cap scores, so there such a prompt runs
+    absorbed. Where queries and keys are normalised, the projections in front of the norms run in plain torch.
 
     Args:
         attention: MLAAttention or DeepseekV3Attention.
@@ -110,14 +111,17 @@ class PagedAttention(nn.Module):
         q, new_rows = self._append(hidden, step)
         outs = []
         for piece in step.pieces or ():
-            if self.softcap:
+            if self.softcap and piece.masks is not None:
                 seqlen = torch.tensor([piece.seqlen], dtype=torch.int32, device=q.device)
                 absorbed = self._absorb(q[piece.new]).unsqueeze(0)
                 outs.append(self._attend_absorbed(absorbed, latent_cache, piece.blocks.unsqueeze(0), seqlen))
                 continue
             whole = piece.new.stop - piece.new.start == piece.seqlen
             rows = new_rows[piece.new] if whole else latent_cache[piece.blocks].flatten(0, 1)[: piece.seqlen]
-            outs.append(self._attend_expanded(q[piece.new], rows, piece.masks[self.sliding_window]))
+            if piece.masks is None:
+                outs.append(self._attend_fused(q[piece.new], rows))
+            else:
+                outs.append(self._attend_sdpa(q[piece.new], rows, piece.masks[self.sliding_window]))
         return torch.cat(outs)
 
     def _append(self, hidden: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -161,15 +165,36 @@ class PagedAttention(nn.Module):
         )
         return ops.linear(out.flatten(0, 1), self.w_uv)
 
-    def _attend_expanded(self, q: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_fused(self, q: Tensor, rows: Tensor) -> Tensor:
         """Attention of a sequence's new tokens over its cache rows: [num_new, num_heads, v_head_dim]."""
-        mla, num_heads = self.mla, q.size(1)
-        latent, k_pe = rows.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
-        kv = F.linear(latent, self.w_kv_b).unflatten(-1, (num_heads, -1))
+        if self.sliding_window:
+            rows = rows[-(len(q) + self.sliding_window - 1) :]  # nobody sees an earlier one
+        kv, k_pe = self._expand(rows)
+        cu_seqlens_q, cu_seqlens_k = (torch.tensor((0, len(x)), dtype=torch.int32) for x in (q, kv))
+        out, _ = ops.mla_prefill(
+            q,
+            kv,
+            k_pe,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            self.softmax_scale,
+            softcap=self.softcap,
+            sliding_window=self.sliding_window,
+        )
+        return out
+
+    def _attend_sdpa(self, q: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """What ``_attend_fused`` computes, without a soft-cap."""
+        mla, (kv, k_pe) = self.mla, self._expand(rows)
         k_nope, value = kv.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
-        key = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, num_heads, -1)), dim=-1)
+        key = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, kv.size(1), -1)), dim=-1)
         q, key, value = (x.transpose(0, 1).unsqueeze(0) for x in equal_head_dims(q, key, value))
         out = F.scaled_dot_product_attention(
             q, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
         return out[0, ..., : mla.v_head_dim].transpose(0, 1)
+
+    def _expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens, num_heads, nope + v_head_dim] keys and values, and [num_tokens, rope] keys, of cache rows."""
+        latent, k_pe = rows.split((self.mla.kv_lora_rank, self.mla.qk_rope_head_dim), dim=-1)
+        return F.linear(latent, self.w_kv_b).unflatten(-1, (self.w_uk.size(0), -1)), k_pe

@@ -136,6 +136,7 @@ class MLAModel:
         for layer_idx, (layer, shape) in enumerate(zip(model.model.layers, shapes, strict=True)):
             layer.self_attn = PagedAttention(layer.self_attn, shape, layer_idx)
         replace_modules(model)
+        self._prefills_fused = model.device.type == "cpu"  # ops.mla_prefill has no kernel for another device
         self._windows = {layer.self_attn.sliding_window for layer in model.model.layers}
         self._decoder = model.model
         self._lm_head = model.lm_head
@@ -326,7 +327,9 @@ class MLAModel:
         start = 0
         for sequence, num, blocks in zip(sequences, num_new, block_table, strict=True):
             blocks = blocks[: -(-sequence.length // self.cache.block_size)]
-            masks = {window: self._mask(num, sequence.length, window) for window in self._windows}
+            masks = None
+            if not self._prefills_fused:
+                masks = {window: self._mask(num, sequence.length, window) for window in self._windows}
             pieces.append(Piece(slice(start, start + num), sequence.length, blocks, masks))
             start += num
         return pieces

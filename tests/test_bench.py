@@ -17,7 +17,7 @@ import pytest
 import roofline
 import run
 import torch
-from cases import mla_decode
+from cases import mla_decode, mla_prefill
 from cases.mla_decode import BASELINES, Case
 from roofline import Roofline, measure_roofline
 from timing import Timing, measure
@@ -59,6 +59,19 @@ def test_compositions_in_torch_compute_the_op(name: str, batch_size: int) -> Non
     (args,) = Case(batch_size=batch_size, seqlen=64, num_heads=5, **SMALL).inputs(CPU, 1)
     actual = BASELINES[name](args)(**args)
     torch.testing.assert_close(actual, reference.mla_decode(**args)[0])
+
+
+@pytest.mark.parametrize("sliding_window", [0, 9])
+def test_prefill_is_counted_by_hand_and_is_what_its_baselines_compute(sliding_window: int) -> None:
+    case = mla_prefill.Case(seqlen_q=20, seqlen_k=30, num_heads=2, sliding_window=sliding_window)
+    seen = 9 * 20 if sliding_window else 11 * 20 + 190
+    assert case.flops == 2 * 2 * seen * (96 + 64)
+    (args,) = case.inputs(CPU, 1)
+    out, lse = mla_prefill.OP(**args)
+    tensors = [out, lse, *(value for value in args.values() if isinstance(value, Tensor))]
+    assert case.num_bytes == sum(tensor.nbytes for tensor in tensors)
+    for prepare in mla_prefill.BASELINES.values():
+        torch.testing.assert_close(prepare(args)(**args), out)
 
 
 def test_other_libraries_get_their_own_layouts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,9 +223,10 @@ inline void store_up_to(T* p, Vec v, index_t n) {
 
 // 2^x: relative error below 1e-7; 0 below -126, and for -inf.
 inline Vec exp2(Vec x) {
-  const Vec clamped = max(broadcast(-127.0f), min(broadcast(127.0f), x));
-  const Vec shifted = clamped + 0x1.8p23f;  // the sum's last bits are the nearest integer
-  const Vec f = clamped - (shifted - 0x1.8p23f);
+  // The sum's last bits are the nearest integer. Where it is below -127, the rest is thrown away.
+  const Vec shifted = min(x + 0x1.8p23f, broadcast(0x1.8p23f + 127));
+  const Vec integer = shifted - 0x1.8p23f;
+  const Vec f = x - integer;
   Vec p = broadcast(1.535336188319500e-4f);
   p = fma(p, f, broadcast(1.339887440266574e-3f));
   p = fma(p, f, broadcast(9.618437357674640e-3f));
@@ -233,8 +234,13 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, broadcast(2.402264791363012e-1f));
   p = fma(p, f, broadcast(6.931472028550421e-1f));
   p = fma(p, f, broadcast(1.0f));
-  const Vec scale = (Vec)((((UVec)shifted) + 127) << 23);
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)integer);
+#else
+  const Vec scale = (Vec)(((UVec)shifted + 127) << 23);
   return select(x < -126.0f, Vec{}, p * scale);
+#endif
 }
 
 // Relative error below 3e-7.

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["Timing", "measure"]
 
-_MIN_SAMPLES, _MAX_SAMPLES = 10, 1000
+_MIN_SAMPLES, _MAX_SAMPLES = 5, 1000
 _GPU_SAMPLE_SECONDS = 1e-3  # events tick every 0.5 us
 _MAX_CALLS_OF_SAMPLE = 16  # the queue of launches is about a thousand long
 _SLEEP_CLOCK = 2e9  # cycles/s of the fastest GPU: a slower one sleeps longer, which does no harm
@@ -38,7 +38,7 @@ def measure(
     Args:
         inputs: sets of arguments; together larger than twice the last cache, or the cache flatters the figure.
         device: where the call computes. On a GPU its own time is measured, whatever the host needs to launch it.
-        budget: seconds that the measurement may take, if ten samples take no longer.
+        budget: seconds that the measurement may take, if five samples take no longer.
     """
     turns = itertools.cycle(inputs)
 

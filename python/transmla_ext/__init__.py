@@ -12,9 +12,10 @@ from .capacity import plan
 from .config import MLAConfig
 from .convert import convert
 from .models import register
-from .runtime import load
+from .runtime import Engine, load
 
 __all__ = [
+    "Engine",
     "MLAConfig",
     "convert",
     "errors",

@@ -61,6 +61,55 @@ def test_a_full_cache_changes_nothing():
     cache.append([a, b], [1, 1])
 
 
+def fill(cache, sequence, num_new, value):
+    tables = cache.append([sequence], [num_new])
+    for layer in cache.layers:
+        layer.view(-1, layer.size(2))[tables.slot_mapping] = value
+    return tables
+
+
+def rows(cache, sequence):
+    return cache.layers[1][sequence.blocks].flatten(0, 1)[: sequence.length, 0].tolist()
+
+
+def test_a_shared_page_is_copied_before_it_is_written():
+    cache = make_cache(max_tokens=16)
+    fill(cache, a := CachedSequence(), 4, 1.0)
+    fill(cache, a, 3, 2.0)
+    for block, key in zip(a.blocks, (b"0", b"1"), strict=True):
+        cache.pool.publish(block, key)
+    b = CachedSequence(length=5, blocks=cache.pool.find([b"0", b"1"]))
+    assert (cache.num_missing(b, 3), cache.num_missing(b, 4), cache.num_free_tokens) == (1, 2, 8)
+    cache.append([b, CachedSequence()], [0, 1])  # its row of the block table is there before the copy
+    tables = fill(cache, b, 2, 3.0)
+    assert rows(cache, a) == [1.0] * 4 + [2.0] * 3
+    assert rows(cache, b) == [1.0] * 4 + [2.0] + [3.0] * 2
+    assert slots_by_table(cache, tables, 0)[-2:].tolist() == tables.slot_mapping.tolist()
+    assert a.blocks[0] == b.blocks[0]
+    assert cache.pool.find([b"0", b"1"]) == a.blocks
+
+
+def test_a_page_to_be_written_is_no_longer_found():
+    cache = make_cache()
+    fill(cache, a := CachedSequence(), 6, 1.0)
+    cache.pool.publish(a.blocks[1], b"key")
+    before = list(a.blocks)
+    fill(cache, a, 1, 2.0)
+    assert (a.blocks, cache.pool.find([b"key"])) == (before, [])
+
+
+def test_a_copy_that_does_not_fit_changes_nothing():
+    cache = make_cache(max_tokens=8)
+    fill(cache, a := CachedSequence(), 8, 1.0)
+    cache.pool.publish(a.blocks[1], b"key")
+    b = CachedSequence(length=2, blocks=cache.pool.find([b"key"]))
+    with pytest.raises(CacheFullError, match="1 more pages"):
+        cache.append([b], [1])
+    assert (b.length, b.blocks, rows(cache, a)) == (2, a.blocks[1:], [1.0] * 8)
+    cache.free([a])
+    fill(cache, b, 1, 2.0)
+
+
 def test_misuse_is_refused():
     cache = make_cache()
     cache.append([a := CachedSequence()], [5])

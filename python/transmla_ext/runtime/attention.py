@@ -37,6 +37,7 @@ class Step:
     pieces: Sequence[Piece] | None  # None: one new token for each sequence
     latent_caches: Sequence[Tensor]  # by layer
     cos_sin: Sequence[Tensor]  # by layer, [max_position, qk_rope_head_dim], fp32: cosines, then sines
+    batch_invariant: bool  # ops.mla_decode's, for one new token each
 
 
 class PagedAttention(nn.Module):
@@ -104,7 +105,9 @@ class PagedAttention(nn.Module):
                 latent_cache=latent_cache,
                 **self._weights,
             )
-        return self._attend_absorbed(q.unsqueeze(1), latent_cache, tables.block_table, tables.cache_seqlens)
+        return self._attend_absorbed(
+            q.unsqueeze(1), latent_cache, tables.block_table, tables.cache_seqlens, batch_invariant=step.batch_invariant
+        )
 
     def _prefill(self, hidden: Tensor, step: Step) -> Tensor:
         latent_cache = step.latent_caches[self.layer_idx]
@@ -151,7 +154,15 @@ class PagedAttention(nn.Module):
         q_nope, q_pe = q.split((self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim), dim=-1)
         return torch.cat((torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1), q_pe), dim=-1)
 
-    def _attend_absorbed(self, q: Tensor, latent_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> Tensor:
+    def _attend_absorbed(
+        self,
+        q: Tensor,
+        latent_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        *,
+        batch_invariant: bool = False,
+    ) -> Tensor:
         """[batch_size * seqlen_q, num_heads, v_head_dim] from queries [batch_size, seqlen_q, num_heads, cache_dim]."""
         out, _ = ops.mla_decode(
             q,
@@ -162,6 +173,7 @@ class PagedAttention(nn.Module):
             self.softmax_scale,
             softcap=self.softcap,
             sliding_window=self.sliding_window,
+            batch_invariant=batch_invariant,
         )
         return ops.linear(out.flatten(0, 1), self.w_uv)
 

@@ -10,7 +10,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from .._lib import core
+from .prefix import SharedBlockPool
 
 __all__ = ["CacheFullError", "CachedSequence", "PagedLatentCache", "StepTables"]
 
@@ -68,7 +68,7 @@ class PagedLatentCache:
         self.bytes_per_token = sum(cache_dims) * dtype.itemsize
         if max_tokens is None:
             max_tokens = max(_memory_of(device) // 2 // self.bytes_per_token, block_size)
-        self.pool = core.BlockPool(-(-max_tokens // block_size))
+        self.pool = SharedBlockPool(-(-max_tokens // block_size))
         self.layers = [torch.empty(0, block_size, dim, dtype=dtype, device=device) for dim in cache_dims]
 
         self._device = device
@@ -88,19 +88,23 @@ class PagedLatentCache:
             raise ValueError("a sequence was used after it was freed")
         if len({sequence.number for sequence in sequences}) < len(sequences):
             raise ValueError("a sequence is in the batch twice")
-        missing = [
-            max(0, -(-(sequence.length + num) // self.block_size) - len(sequence.blocks))
-            for sequence, num in zip(sequences, num_new, strict=True)
-        ]
+        missing = [self.num_missing(sequence, num) for sequence, num in zip(sequences, num_new, strict=True)]
         if sum(missing) > self.pool.num_free:
             raise CacheFullError(
                 f"the latent cache is full: {sum(missing)} more pages of {self.block_size} tokens wanted, "
                 f"{self.pool.num_free} of {self.pool.num_blocks} free; free sequences or load with a larger max_tokens"
             )
-        for sequence, num_blocks in zip(sequences, missing, strict=True):
+        for sequence, num, num_blocks in zip(sequences, num_new, missing, strict=True):
+            if not all(map(self.pool.is_private, self._written(sequence, num))):
+                self._make_private(sequence, num)
+                num_blocks = self.num_missing(sequence, num)
             if num_blocks:
-                sequence.blocks += self.pool.allocate(num_blocks)
-                self._grow(1 + max(sequence.blocks[-num_blocks:]))
+                sequence.blocks += self._allocate(num_blocks)
+
+    def num_missing(self, sequence: CachedSequence, num_new: int) -> int:
+        """Pages that num_new more tokens of a sequence take: new ones, and copies of shared ones that get written."""
+        num_new_blocks = max(0, -(-(sequence.length + num_new) // self.block_size) - len(sequence.blocks))
+        return num_new_blocks + sum(self.pool.num_owners(block) > 1 for block in self._written(sequence, num_new))
 
     def append(self, sequences: Sequence[CachedSequence], num_new: Sequence[int]) -> StepTables:
         """Counts num_new[i] more tokens of sequences[i] as cached, and says where they go; reserves what they need."""
@@ -120,6 +124,29 @@ class PagedLatentCache:
             self.pool.free(sequence.blocks)
             sequence.blocks = []
             sequence.freed = True
+
+    def _written(self, sequence: CachedSequence, num_new: int) -> list[int]:
+        """Those of a sequence's pages that its next num_new tokens are written to."""
+        end = -(-(sequence.length + num_new) // self.block_size)
+        return sequence.blocks[sequence.length // self.block_size : end] if num_new else []
+
+    def _make_private(self, sequence: CachedSequence, num_new: int) -> None:
+        """Copies pages that are about to be written and have other owners; the rest can no longer be found."""
+        for i, block in enumerate(self._written(sequence, num_new), sequence.length // self.block_size):
+            if self.pool.num_owners(block) == 1:
+                self.pool.forget(block)
+                continue
+            [copy] = self._allocate(1)
+            for layer in self.layers:
+                layer[copy] = layer[block]
+            sequence.blocks[i] = copy
+            sequence.number = next(_numbers)  # its row of the block table is stale
+            self.pool.free([block])
+
+    def _allocate(self, num_blocks: int) -> list[int]:
+        blocks = self.pool.allocate(num_blocks)
+        self._grow(1 + max(blocks))
+        return blocks
 
     @torch.inference_mode(False)  # or the pages could be written in inference mode only
     def _grow(self, num_blocks: int) -> None:

@@ -118,37 +118,30 @@ class Request:
 
     prompt: list[int]
     text: TextStream | None
+    eos: Collection[int]
+    limit: int  # of new tokens
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def push(self, token: int, eos: Collection[int], max_new_tokens: int) -> None:
+    def push(self, token: int) -> None:
         self.tokens.append(token)
         if self.text is not None:
             self.text.push(token)
-        if token in eos:
+        if token in self.eos:
             self.finish_reason = "eos"
         elif self.text is not None and self.text.stopped:
             self.finish_reason = "stop"
-        elif len(self.tokens) == max_new_tokens:
+        elif len(self.tokens) == self.limit:
             self.finish_reason = "length"
 
 
-def run(
-    model: MLAModel,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    seed: int | None,
-    eos: Collection[int],
-    max_new_tokens: int,
-) -> Generator[None]:
+def run(model: MLAModel, requests: Sequence[Request], sampling: Sampling, seed: int | None) -> Generator[None]:
     """Runs every request to its finish_reason; between two yields each unfinished one gets a token.
 
     A finished request's pages are free at once; all are when the iterator is closed or fails.
     """
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    # The last token needs no position: it is never fed back.
-    limits = [min(max_new_tokens, model.max_position_embeddings - len(request.prompt) + 1) for request in requests]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(requests))]
     logits, sequences = model.prefill([request.prompt for request in requests])
     try:
@@ -156,7 +149,7 @@ def run(
         while live:
             tokens = dict(zip(live, sampling(logits, [generators[i] for i in live]), strict=True))
             for i, token in tokens.items():
-                requests[i].push(token, eos, limits[i])
+                requests[i].push(token)
                 if requests[i].finish_reason is not None:
                     model.free([sequences[i]])
             yield

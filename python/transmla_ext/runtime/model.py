@@ -186,15 +186,19 @@ class MLAModel:
             raise
 
     @torch.inference_mode()
-    def decode(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
+    def decode(
+        self, sequences: Sequence[CachedSequence], tokens: Sequence[int], *, batch_invariant: bool = False
+    ) -> Tensor:
         """Logits [batch_size, vocab_size] after one more token of each sequence.
 
+        Args:
+            batch_invariant: of ops.mla_decode, for the attention; matrix products round as torch's do.
         Raises:
             CacheFullError: more pages wanted than are free; nothing was changed.
         """
         prompts = [[token] for token in tokens]
         self._check(prompts, sequences)
-        return self._logits(torch.cat(self._forward(prompts, sequences)))
+        return self._logits(torch.cat(self._forward(prompts, sequences, batch_invariant=batch_invariant)))
 
     def free(self, sequences: Iterable[CachedSequence]) -> None:
         """Gives the pages of sequences back; their handles cannot be used again."""
@@ -227,8 +231,8 @@ class MLAModel:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; for one text: [text]")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        requests = [self._request(prompt, max_new_tokens, stop) for prompt in prompts]
-        for _ in run(self, requests, sampling, seed, self._eos_ids(eos), max_new_tokens):
+        requests = [self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, eos=eos) for prompt in prompts]
+        for _ in run(self, requests, sampling, seed):
             pass
         return [
             Generation(
@@ -253,13 +257,13 @@ class MLAModel:
     ) -> Iterator[str]:
         """The text of ``generate([prompt], ...)`` in pieces, each as soon as it can no longer change."""
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        request = self._request(prompt, max_new_tokens, stop)
+        request = self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, eos=eos)
         text = request.text
         if text is None:
             raise ValueError("stream needs a tokenizer, and the checkpoint has none")
 
         def pieces() -> Iterator[str]:
-            with closing(run(self, [request], sampling, seed, self._eos_ids(eos), max_new_tokens)) as steps:
+            with closing(run(self, [request], sampling, seed)) as steps:
                 for _ in steps:
                     if piece := text.take(final=request.finish_reason is not None):
                         yield piece
@@ -273,7 +277,15 @@ class MLAModel:
         encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
-    def _request(self, prompt: str | Sequence[int], max_new_tokens: int, stop: str | Sequence[str]) -> Request:
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] = (),
+        eos: int | Collection[int] | None = None,
+    ) -> Request:
+        """A checked, tokenised prompt that knows when to end, for a loop of one's own; arguments as of ``generate``."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         stop = [stop] if isinstance(stop, str) else list(stop)
@@ -283,12 +295,13 @@ class MLAModel:
             raise ValueError("text prompts and stop strings need a tokenizer, and the checkpoint has none")
         tokens = list(self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt)
         self._check([tokens], [CachedSequence()])
-        return Request(tokens, None if self.tokenizer is None else TextStream(self.tokenizer, tokens, stop))
-
-    def _eos_ids(self, eos: int | Collection[int] | None) -> Collection[int]:
-        if eos is None:
-            return self._eos
-        return {eos} if isinstance(eos, int) else set(eos)
+        return Request(
+            prompt=tokens,
+            text=None if self.tokenizer is None else TextStream(self.tokenizer, tokens, stop),
+            eos=self._eos if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
+            # The last token needs no position: it is never fed back.
+            limit=min(max_new_tokens, self.max_position_embeddings - len(tokens) + 1),
+        )
 
     def _check(self, prompts: Sequence[Sequence[int]], sequences: Sequence[CachedSequence]) -> None:
         if not prompts or len(prompts) != len(sequences):
@@ -308,13 +321,15 @@ class MLAModel:
                     f"{self.max_position_embeddings} positions"
                 )
 
-    def _forward(self, prompts: Sequence[Sequence[int]], sequences: Sequence[CachedSequence]) -> list[Tensor]:
+    def _forward(
+        self, prompts: Sequence[Sequence[int]], sequences: Sequence[CachedSequence], *, batch_invariant: bool = False
+    ) -> list[Tensor]:
         """Hidden states of each sequence's new tokens, [num_new, hidden_size], before the final norm."""
         num_new = [len(prompt) for prompt in prompts]
         tables = self.cache.append(sequences, num_new)
         cos_sin = self._rope_tables(max(sequence.length for sequence in sequences))
         pieces = self._pieces(sequences, num_new, tables.block_table) if max(num_new) > 1 else None
-        step = Step(tables, pieces, self.cache.layers, cos_sin)
+        step = Step(tables, pieces, self.cache.layers, cos_sin, batch_invariant)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         hidden = self._decoder.embed_tokens(tokens).unsqueeze(0)
         hidden *= self._architecture.embedding_scale(self.config)

@@ -240,6 +240,14 @@ def test_a_preempted_request_finds_what_is_left_of_its_pages():
     assert engine.stats.shared_tokens > 0
 
 
+def test_a_newcomer_waits_rather_than_be_sent_back_at_once():
+    engine = make_engine(max_tokens=40)
+    engine.add_request([1] * 16, max_new_tokens=6, eos=())
+    engine.add_request([2] * 24, max_new_tokens=6, eos=())  # would fit now, and not after the first one's next page
+    run(engine)
+    assert engine.stats.preemptions == 0
+
+
 def test_running_requests_do_not_wait_for_a_long_prompt(monkeypatch):
     engine = make_engine(max_batch_size=4, max_tokens_per_step=10)
     computed = []
@@ -508,17 +516,20 @@ def test_a_stream_that_ends_early_ends_its_request(end):
     assert engine.stats.generated_tokens < 160
 
 
-def test_a_stream_that_nobody_reads_is_no_leak():
-    engine = make_engine()
+def test_a_stream_that_nobody_reads_is_no_leak(gate):
+    engine, go_on = gate()
 
     async def main():
-        engine.stream([1], max_new_tokens=100, eos=())
-        unread = engine.stream([2], max_new_tokens=100, eos=())
-        await asyncio.sleep(0.01)
+        engine.stream([1, 2], max_new_tokens=100, eos=())
+        unread = engine.stream([3, 4], max_new_tokens=100, eos=())
         assert engine.num_unfinished == 1
+        while not engine.num_running:
+            await asyncio.sleep(0.001)
         unread.close()
+        threading.Timer(0.05, go_on.set).start()
 
-    asyncio.run(main())
+    asyncio.run(main())  # ends while a step runs, and waits for that
+    assert go_on.is_set()
     assert_all_free(engine)
     assert engine._streams == {}
 

@@ -279,7 +279,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             while self._entries:
-                for output in await loop.run_in_executor(self._executor, self.step):
+                step = loop.run_in_executor(self._executor, self.step)
+                for output in await asyncio.shield(step):
                     if (queue := self._streams.get(output.request_id)) is not None:
                         queue.put_nowait(output)
                         if output.finish_reason is not None:
@@ -289,6 +290,7 @@ class Engine:
                 self._streams.pop(request_id).put_nowait(error)
                 self.abort(request_id)
             if not isinstance(error, Exception):
+                await asyncio.wait([step])  # when the event loop is gone, no step runs any more
                 raise
 
     def _drop_aborted(self) -> None:

@@ -309,6 +309,7 @@ def test_a_full_queue_refuses():
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 2.0}, "top_p"),
         ({"stop": ""}, "a stop string is empty"),
+        ({"seed": 2**64}, "seed must fit"),
         ({"logprobs": -1}, "logprobs must be in"),
         ({"logprobs": VOCAB_SIZE + 1}, "logprobs must be in"),
     ],

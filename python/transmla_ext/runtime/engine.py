@@ -56,7 +56,7 @@ class EngineStats:
     """What an engine has done so far."""
 
     computed_tokens: int = 0  # that went through the model
-    shared_tokens: int = 0  # of prompts, that did not have to: another request's pages held them
+    shared_tokens: int = 0  # that did not have to, since pages of the cache held them when their request began
     generated_tokens: int = 0
     preemptions: int = 0
 
@@ -204,6 +204,8 @@ class Engine:
             raise QueueFullError(f"{self.max_queue_length} requests wait already; try again later")
         if logprobs is not None and not 0 <= logprobs <= self.model.config.vocab_size:
             raise ValueError(f"logprobs must be in [0, {self.model.config.vocab_size}], got {logprobs}")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must fit into 64 bits, got {seed}")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         request = self.model.request(prompt, max_new_tokens=max_new_tokens, stop=stop, eos=eos)
         block_size, num_blocks = self._cache.block_size, self._cache.pool.num_blocks

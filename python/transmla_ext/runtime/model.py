@@ -192,7 +192,7 @@ class MLAModel:
         """Logits [batch_size, vocab_size] after one more token of each sequence.
 
         Args:
-            batch_invariant: of ops.mla_decode, for the attention; matrix products round as torch's do.
+            batch_invariant: as of ops.mla_decode; matrix products may still round another way in another batch.
         Raises:
             CacheFullError: more pages wanted than are free; nothing was changed.
         """

@@ -72,8 +72,8 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _tensor(result: Any) -> Tensor:
-    """The first result, which is what is compared."""
-    tensor: Tensor = (result[0] if isinstance(result, tuple) else result).double()
+    """A copy of the first result, which is what is compared."""
+    tensor: Tensor = (result[0] if isinstance(result, tuple) else result).to(torch.float64, copy=True)
     return tensor
 
 
@@ -112,21 +112,21 @@ def _figures(case: Any, timing: Timing, roofline: Roofline) -> dict[str, float]:
 
 def headings(op: Op) -> str:
     ours = f"{'us':>12} {'GB/s':>8} {'GFLOP/s':>10} {'% bandw.':>8} {'% GEMM':>7}"
-    return f"{'':<44} {ours}" + "".join(f"{name + ', us':>24}" for name in op.BASELINES)
+    return f"{'':<56} {ours}" + "".join(f"{name + ', us':>27}" for name in op.BASELINES)
 
 
 def line(op: Op, result: dict[str, Any]) -> str:
     """One case: ours, and each other's time with its ratio to ours."""
     if "skipped" in result:
-        return f"{result['case']:<44} skipped: {result['skipped']}"
+        return f"{result['case']:<56} skipped: {result['skipped']}"
     ours = result[OURS]
     text = (
-        f"{result['case']:<44} {ours['us']:>12,.1f} {ours['GB/s']:>8,.1f} {ours['GFLOP/s']:>10,.1f} "
+        f"{result['case']:<56} {ours['us']:>12,.1f} {ours['GB/s']:>8,.1f} {ours['GFLOP/s']:>10,.1f} "
         f"{ours['% of bandwidth']:>8.1f} {ours['% of GEMM']:>7.1f}"
     )
     others = {name: result[name] for name in op.BASELINES if name in result}
     for other in others.values():
         timed = f"{other['us']:,.1f} ({other['us'] / ours['us']:.2f} ×)" if "us" in other else "skipped"
-        text += f"{timed:>24}"
+        text += f"{timed:>27}"
     skipped = {f"{name}: {other['skipped']}" for name, other in others.items() if "skipped" in other}
     return "\n".join([text, *(f"{'':>22}{reason}" for reason in sorted(skipped))])

@@ -45,9 +45,9 @@ class Case:
 
 
 def torch_eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with eigenvalues ascending and vectors of any sign."""
+    """The same with vectors in ascending order and of any sign: only the eigenvalues, turned round, can be compared."""
     eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-    return eigenvalues, eigenvectors
+    return eigenvalues.flip(-1), eigenvectors
 
 
 OP = ops.batched_pca

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transmla_ext import ops
 
-__all__ = ["BASELINES", "CASES", "OP", "QUICK", "Args", "Case", "torch_svd"]
+__all__ = ["BASELINES", "CASES", "OP", "QUICK", "Args", "Case", "batched_svd", "torch_svd"]
 
 Args = dict[str, Any]
 
@@ -44,12 +44,18 @@ class Case:
         return f"{self.num_matrices} x {self.rows} x {self.cols}"
 
 
+def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values first: they can be compared, whatever the vectors' signs."""
+    u, s, vh = ops.batched_svd(a)
+    return s, u, vh
+
+
 def torch_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    return u, s, vh
+    return s, u, vh
 
 
-OP = ops.batched_svd
+OP = batched_svd
 BASELINES: dict[str, Callable[[Args], Callable[..., tuple[Tensor, Tensor, Tensor]]]] = {
     "torch.linalg.svd": lambda _: torch_svd
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transmla_ext import ops
 
-__all__ = ["BASELINES", "CASES", "OP", "QUICK", "Args", "Case", "torch_upcast"]
+__all__ = ["BASELINES", "CASES", "OP", "QUICK", "Args", "Case", "covariance_add", "torch_upcast"]
 
 Args = dict[str, Any]
 
@@ -52,13 +52,18 @@ class Case:
         return f"{self.num_tokens:,} tokens, {groups}dim {self.dim}, {str(self.dtype).removeprefix('torch.')}"
 
 
+def covariance_add(acc: Tensor, x: Tensor) -> Tensor:
+    ops.covariance_add_(acc, x)
+    return acc
+
+
 def torch_upcast(acc: Tensor, x: Tensor) -> Tensor:
     """The sum of this call, in fp32 all through: it is less exact, and nothing is added to the state."""
     groups = x.float().transpose(0, 1)
     return groups.mT @ groups
 
 
-OP = ops.covariance_add_
+OP = covariance_add
 BASELINES: dict[str, Callable[[Args], Callable[..., Tensor]]] = {"torch X.float().T @ X": lambda _: torch_upcast}
 CASES = [
     Case(num_tokens=32768, dim=2048),

@@ -30,33 +30,6 @@ inline Tensor aten_linear(const Tensor& x, const Tensor& w,
   return call_aten<1>("aten::linear", "", x, w, bias)[0];
 }
 
-// body(begin, end) for parts of a batch of matrices, each with one thread in LAPACK: several on one
-// small matrix mostly wait for each other, a hundred times longer if the machine is busy. Only
-// large ones that are fewer than the threads get them all. The body must not change a tensor by an
-// op of torch: torch's inference mode does not reach the workers.
-template <class Body>
-void split_batch(const Tensor& matrices, const Body& body) {
-  constexpr int64_t kLargeDim = 512;
-  constexpr int64_t kPartSize = 1 << 17;  // numbers: 1 MB
-  const int64_t count = matrices.size(0), rows = matrices.size(1), cols = matrices.size(2);
-  const int64_t part = std::max<int64_t>(1, kPartSize / std::max<int64_t>(1, rows * cols));
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += part) body(begin, std::min(begin + part, end));
-  };
-  if (std::min(rows, cols) >= kLargeDim && count < torch::stable::get_num_threads()) {
-    return run(0, count);
-  }
-  // At least two items: LAPACK is serial in a parallel region, and one item does not open one.
-  torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
-    run(begin, std::min(end, count));
-  });
-}
-
-// x[begin:end]
-inline Tensor slice(Tensor x, int64_t begin, int64_t end) {
-  return torch::stable::narrow(x, 0, begin, end - begin);
-}
-
 inline Tensor to_dtype(const Tensor& x, torch::headeronly::ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }

@@ -82,6 +82,8 @@ def decode(
         "cache_stride_block": latent_cache.stride(0),
         "cache_stride_token": latent_cache.stride(1),
         "scales_stride_block": 0 if cache_scales is None else cache_scales.stride(0),
+        "is_cache_int8": False,
+        "scales_stride_token": 0,
         "block_table_stride": block_table.stride(0),
         "softmax_scale": softmax_scale,
         "softcap": softcap,

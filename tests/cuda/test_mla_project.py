@@ -77,6 +77,8 @@ def project(arch: str, args: Args) -> tuple[Tensor, Tensor, Stats]:
         "cache_stride_block": cache.stride(0),
         "cache_stride_token": cache.stride(1),
         "scales_stride_block": 0 if scales is None else scales.stride(0),
+        "is_cache_int8": False,
+        "scales_stride_token": 0,
     }
     [(_, stats)] = harness.launch("mla_project", arch, params)
     return q, cache, stats

@@ -34,9 +34,7 @@ class Op(Protocol):
     def OP(self, **inputs: Any) -> Any: ...  # noqa: N802
 
 
-def time_case(
-    op: Op, case: Any, device: torch.device, roofline: Roofline, *, budget: float = 0.3, baselines: bool = True
-) -> dict[str, Any]:
+def time_case(op: Op, case: Any, device: torch.device, roofline: Roofline, *, budget: float = 0.3) -> dict[str, Any]:
     """Figures of the case by implementation; where one has none, why."""
     num_sets = 1 + -(-2 * cache_bytes(device) // case.num_bytes)
     result: dict[str, Any] = {
@@ -54,7 +52,7 @@ def time_case(
     inputs = case.inputs(device, num_sets)
     expected = _tensor(op.OP(**inputs[0]))
     result[OURS] = _figures(case, measure(op.OP, inputs, device=device, budget=budget), roofline)
-    for name, prepare in op.BASELINES.items() if baselines else ():
+    for name, prepare in op.BASELINES.items():
         free = _free_bytes(device)
         needed = getattr(case, "gathered_bytes", 0)
         if name.startswith("torch") and needed > free:

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transmla_ext import ops
+
 __all__ = ["BASELINES", "CASES", "OP", "QUICK", "Args", "Case", "torch_linear"]
 
 Args = dict[str, Any]
 
 
-def OP(**inputs: Any) -> Tensor:  # noqa: N802
-    from transmla_ext import ops  # here, since bench/gpu.py may have built the package a moment ago
-
-    return ops.linear(**inputs)
+OP = ops.linear
 
 
 @dataclass(frozen=True, kw_only=True)

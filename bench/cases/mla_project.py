@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transmla_ext import ops
+
 __all__ = ["BASELINES", "CASES", "OP", "QUICK", "Args", "Case", "torch_chain"]
 
 Args = dict[str, Any]
@@ -17,10 +19,7 @@ _BLOCK_SIZE = 64
 _EPS = 1e-6
 
 
-def OP(**inputs: Any) -> Tensor:  # noqa: N802
-    from transmla_ext import ops  # here, since bench/gpu.py may have built the package a moment ago
-
-    return ops.mla_project(**inputs)
+OP = ops.mla_project
 
 
 @dataclass(frozen=True, kw_only=True)

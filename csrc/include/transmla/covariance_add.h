@@ -8,7 +8,7 @@ namespace transmla {
 struct CovarianceAddParams {
   const void* x;        // [num_tokens, num_groups, dim], last dimension dense
   const float* weight;  // [num_tokens], or nullptr for ones
-  double* acc;          // [num_groups, dim, dim], contiguous; both triangles are kept
+  double* acc;          // [num_groups, dim, dim], contiguous; symmetric, and stays so
   DType dtype;          // of x
 
   index_t num_tokens, num_groups, dim;

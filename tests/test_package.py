@@ -33,7 +33,8 @@ def needed_from_elsewhere(library: str) -> set[str]:
 def test_torch_symbols_are_of_the_stable_abi(library: str) -> None:
     needed = needed_from_elsewhere(library)
     assert "aoti_torch_get_sizes" in needed
-    assert {name for name in needed if not re.match(r"aoti_torch_|torch_", name)} == set()
+    # What is weak may be missing: MKL's is called where it exists.
+    assert {name for name in needed if not re.match(r"aoti_torch_|torch_", name)} <= {"MKL_Set_Num_Threads_Local"}
 
 
 @needs_nm

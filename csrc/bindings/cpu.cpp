@@ -37,10 +37,8 @@ void run_in_workspace(Params params, size_t (*workspace_size)(const Params&, int
 
 struct Cpu {
   static constexpr bool kOnHost = true;
-  // Larger matrices go to LAPACK, whose blocked algorithms then win over one core per matrix. Not
-  // from threads of ours: after torch.set_num_threads() MKL counts on threads that a parallel
-  // region does not give it, and decomposes something else from a dimension of 512 on.
-  static constexpr int64_t kMaxPcaDim = 128, kMaxSvdShortSide = 64, kMaxSvdLongSide = 512;
+  // Larger ones go to LAPACK, whose blocked algorithms then win.
+  static constexpr int64_t kMaxPcaDim = 64, kMaxSvdShortSide = 16, kMaxSvdLongSide = 512;
   static constexpr int64_t kMaxLinearTokens = 8;  // from 16 on, torch's GEMM wins with AVX2
 
   static const char* unsupported(const MlaDecodeParams& params) {

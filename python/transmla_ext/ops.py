@@ -262,7 +262,7 @@ def batched_pca(cov: Tensor) -> tuple[Tensor, Tensor]:
         cov: [num_matrices, dim, dim], fp32 or fp64, symmetric; the lower triangle is read.
     Returns:
         eigenvalues [num_matrices, dim] and eigenvectors [num_matrices, dim, dim], one a column, its largest component
-        positive; dtype of cov, computed in fp64. Matrices too large for a core's cache go to LAPACK through torch.
+        positive; dtype of cov, computed in fp64. Large matrices go to LAPACK through torch, a thread for each.
     Raises:
         RuntimeError: a number is not finite.
     """
@@ -282,7 +282,7 @@ def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a: [num_matrices, rows, cols], fp32 or fp64.
     Returns:
         u [num_matrices, rows, k], s [num_matrices, k] descending and vh [num_matrices, k, cols], k = min(rows, cols);
-        dtype of a, computed in fp64. Matrices too large for a core's cache go to LAPACK through torch.
+        dtype of a, computed in fp64. Large matrices go to LAPACK through torch, a thread for each.
     Raises:
         RuntimeError: a number is not finite.
     """

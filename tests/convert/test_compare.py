@@ -13,7 +13,8 @@ import torch
 import transmla_ext
 from transmla_ext.checkpoint import open_checkpoint
 from transmla_ext.convert import Comparison, compare, pipeline
-from transmla_ext.convert.calibrate import calibration_tokens, split_text
+from transmla_ext.convert.calibrate import calibration_tokens
+from transmla_ext.text import split_text
 
 SMALL: dict[str, Any] = {
     "kv_lora_rank": 16,

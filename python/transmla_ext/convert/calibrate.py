@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..architectures import Architecture, AttentionShape, Projections
 from ..checkpoint import Checkpoint, skeleton
+from ..text import TextSource, token_sequences
 from . import group
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "Stream",
     "calibration_tokens",
     "run_layer",
-    "split_text",
 ]
 
 Stream = list[Tensor]  # hidden states of all sequences, in batches [batch_size, sequence_length, hidden_size]
@@ -57,11 +56,11 @@ class CalibrationTokens:
 
 
 def calibration_tokens(
-    source: str | Path | Sequence[str] | None,
+    source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     num_tokens: int,
     sequence_length: int,
-    test: str | Path | Sequence[str] | None = None,
+    test: TextSource = None,
 ) -> CalibrationTokens:
     """num_tokens tokens to calibrate on and a further eighth, at least one sequence, held out.
 
@@ -73,7 +72,7 @@ def calibration_tokens(
     """
     num_train = -(-num_tokens // sequence_length)
     num_held_out = max(1, num_train // 8)
-    sequences = _sequences(source, tokenizer, num_train + num_held_out, sequence_length)
+    sequences = token_sequences(source, tokenizer, num_train + num_held_out, sequence_length)
     if len(sequences) < num_train + num_held_out:
         raise ValueError(
             f"calibration text too short: {len(sequences)} sequences of {sequence_length} tokens, but {num_train} to "
@@ -83,60 +82,10 @@ def calibration_tokens(
     train, held_out = sequences.tensor_split([num_train])
     if test is None:
         return CalibrationTokens(train, held_out, held_out)
-    judged = _sequences(test, tokenizer, max(1, _TEST_TOKENS // sequence_length), sequence_length)
+    judged = token_sequences(test, tokenizer, max(1, _TEST_TOKENS // sequence_length), sequence_length)
     if not len(judged):
         raise ValueError(f"test text too short: give at least one sequence of {sequence_length} tokens")
     return CalibrationTokens(train, held_out, judged)
-
-
-def split_text(source: str | Path | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The first three quarters of a text, to calibrate on, and its last quarter, to judge by."""
-    if isinstance(source, (str, Path)) and not Path(source).is_file():
-        raise ValueError(f"'{source}' is no file, so it has no last quarter to judge by; give a test text (--test) too")
-    text = "\n\n".join(_texts(source))
-    cut = len(text) * 3 // 4
-    return [text[:cut]], [text[cut:]]
-
-
-def _sequences(
-    source: str | Path | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, most: int, sequence_length: int
-) -> Tensor:
-    """[at most `most`, sequence_length], int64: the beginning of the text."""
-    prefix = list(tokenizer("").input_ids)  # a BOS token, for the models that start every sequence with one
-    chunk = sequence_length - len(prefix)
-    ids: list[int] = []
-    for text in _texts(source):
-        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) >= most * chunk:
-            break
-    count = min(most, len(ids) // chunk)
-    sequences = torch.tensor(ids[: count * chunk], dtype=torch.int64).view(count, chunk)
-    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), sequences], dim=1)
-
-
-def _texts(source: str | Path | Sequence[str] | None) -> Iterator[str]:
-    if source is None:
-        from pydoc_data.topics import topics
-
-        yield "\n\n".join(topics[name] for name in sorted(topics))
-    elif isinstance(source, (str, Path)):
-        if Path(source).is_file():
-            yield Path(source).read_text(encoding="utf-8", errors="replace")
-        else:
-            yield from _dataset_texts(str(source))
-    else:
-        yield from source
-
-
-def _dataset_texts(name: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"calibration: '{name}' is no file; to calibrate on the dataset of that name, pip install datasets"
-        ) from None
-    for row in load_dataset(name, split="train", streaming=True):
-        yield row["text"]
 
 
 @dataclass

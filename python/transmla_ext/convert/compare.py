@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..checkpoint import open_checkpoint, staging
+from ..text import TextSource, split_text
 from .calibrate import calibration_tokens as read_tokens
-from .calibrate import split_text
 from .export import Format
 from .job import ConversionOptions, Method, check_disk
 from .pipeline import convert, dry_run
@@ -107,8 +106,8 @@ def compare(
     model_path: str | Path,
     out_path: str | Path,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
-    test: str | Path | Sequence[str] | None = None,
+    calibration: TextSource = None,
+    test: TextSource = None,
     kv_lora_rank: int = 512,
     qk_rope_head_dim: int | None = None,
     format: Format = "transmla",

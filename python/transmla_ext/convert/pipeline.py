@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +23,7 @@ from ..architectures import AttentionShape, Projections
 from ..checkpoint import Checkpoint, Staging, check_out_path, staging
 from ..config import MLAConfig
 from ..errors import CheckpointError
+from ..text import TextSource
 from . import group
 from .allocate import Candidate, allocate
 from .calibrate import (
@@ -61,8 +62,8 @@ def convert(
     model_path: str | Path,
     out_path: str | Path,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
-    test: str | Path | Sequence[str] | None = None,
+    calibration: TextSource = None,
+    test: TextSource = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,

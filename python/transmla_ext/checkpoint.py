@@ -30,6 +30,8 @@ __all__ = [
     "check_out_path",
     "check_shape",
     "expected_shapes",
+    "file_identity",
+    "load_transformers",
     "open_checkpoint",
     "read_config",
     "skeleton",
@@ -76,6 +78,37 @@ def open_checkpoint(path: str | Path, *, num_layers: int | None = None) -> Check
     if path.is_file():
         raise CheckpointError(f"{path} is neither a directory of safetensors nor a .gguf file")
     raise CheckpointError(f"{path} does not exist; give a local directory of safetensors or a .gguf file")
+
+
+def load_transformers(path: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    """transformers' model of a directory with safetensors, or of a GGUF file; no code of it is run.
+
+    Args:
+        dtype: of the weights; None takes the checkpoint's.
+    Raises:
+        CheckpointError: it cannot be read, or lacks weights, which transformers would make up, or has strange ones.
+    """
+    from transformers import AutoModelForCausalLM
+
+    is_gguf = path.suffix == ".gguf"
+    source = {"gguf_file": path.name} if is_gguf else {"use_safetensors": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent if is_gguf else path,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **source,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    model, info = loaded
+    for problem in ("missing_keys", "unexpected_keys"):
+        # Old checkpoints carry RoPE's constants.
+        if names := sorted(name for name in info[problem] if not name.endswith(".inv_freq")):
+            raise CheckpointError(f"{path}: {problem.replace('_', ' ')}: {', '.join(names)}")
+    return model  # type: ignore[no-any-return]
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -178,7 +211,7 @@ class _SafetensorsCheckpoint(Checkpoint):
         return _read_tokenizer(self.path)
 
     def identity(self) -> list[tuple[str, int, int]]:
-        return [_stat(file) for file in (self.path / "config.json", *sorted(set(self._files.values())))]
+        return [file_identity(file) for file in (self.path / "config.json", *sorted(set(self._files.values())))]
 
 
 class _GgufCheckpoint(Checkpoint):
@@ -227,7 +260,7 @@ class _GgufCheckpoint(Checkpoint):
         return _read_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def identity(self) -> list[tuple[str, int, int]]:
-        return [_stat(self.path)]
+        return [file_identity(self.path)]
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -275,6 +308,8 @@ def _truncate(config: PretrainedConfig, num_layers: int | None) -> None:
 class Staging:
     """A directory beside the output in which files appear whole, renamed to the output when all are there."""
 
+    keep = False  # an error leaves it as a kill does: it holds work that an error does not make worthless
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -315,8 +350,8 @@ def staging(out_path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) 
     """Yields the staging directory of `out_path`; leaving it without an error renames it into place.
 
     A directory left by a killed run is taken up again if it was made from the same `fingerprint`, and emptied if not.
-    An error removes it; a kill leaves it under the name `<out_path>.partial`, without config.json until the last
-    moment, so that it is never mistaken for a model.
+    An error removes it, unless `Staging.keep` is set; a kill leaves it under the name `<out_path>.partial`, without
+    config.json until the last moment, so that it is never mistaken for a model.
     """
     stage = Staging(out_path.with_name(out_path.name + ".partial"))
     expected = json.loads(json.dumps(fingerprint))
@@ -330,7 +365,8 @@ def staging(out_path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) 
         stage.remove(".*")
         _replace_directory(stage.path, out_path, overwrite=overwrite)
     except Exception as error:  # not KeyboardInterrupt: an interrupted run resumes like a killed one
-        shutil.rmtree(stage.path, ignore_errors=True)
+        if not stage.keep:
+            shutil.rmtree(stage.path, ignore_errors=True)
         if _is_disk_full(error):
             raise CheckpointError(f"the disk that holds {out_path.parent} is full; free some space") from error
         raise
@@ -404,7 +440,8 @@ def _read_tokenizer(path: Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _stat(file: Path) -> tuple[str, int, int]:
+def file_identity(file: Path) -> tuple[str, int, int]:
+    """Name, bytes and modification time in ns: a resumed run must see the same."""
     stat = file.stat()
     return file.name, stat.st_size, stat.st_mtime_ns
 

@@ -2,7 +2,7 @@
 
 from .cache import CachedSequence, CacheFullError, PagedLatentCache
 from .engine import Engine, EngineStats, Output, QueueFullError, Stream
-from .generate import Generation
+from .generate import Generation, TokenScores
 from .model import MLAModel, load
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "PagedLatentCache",
     "QueueFullError",
     "Stream",
+    "TokenScores",
     "load",
 ]

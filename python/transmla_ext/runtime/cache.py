@@ -118,6 +118,12 @@ class PagedLatentCache:
             sequence.length += num
         return self._tables(sequences, positions, slots)
 
+    def fork(self, sequence: CachedSequence, length: int) -> CachedSequence:
+        """A new sequence of another's first ``length`` tokens, in the same pages until one of both writes there."""
+        blocks = sequence.blocks[: -(-length // self.block_size)]
+        self.pool.share(blocks)
+        return CachedSequence(length, blocks)
+
     def free(self, sequences: Iterable[CachedSequence]) -> None:
         """Gives the pages back; a sequence that is already free stays so."""
         for sequence in sequences:

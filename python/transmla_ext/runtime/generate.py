@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .model import MLAModel
 
-__all__ = ["Generation", "Request", "Sampling", "TextStream", "run"]
+__all__ = ["Generation", "Request", "Sampling", "TextStream", "TokenScores", "run"]
 
 _CONTEXT = 8  # prompt tokens that the first generated ones are decoded with, for the space between them
 _REPLACEMENT = "\ufffd"  # what tokenizers print for bytes that are no character, or not yet one
@@ -31,6 +31,14 @@ class Generation:
     tokens: list[int]
     text: str | None
     finish_reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """How likely a model takes each token of a continuation to be, given all tokens before it."""
+
+    logprobs: Tensor  # [num_tokens], fp32, natural
+    likeliest: Tensor  # [num_tokens], int64: the tokens that greedy decoding would have taken
 
 
 @dataclass(frozen=True, kw_only=True)

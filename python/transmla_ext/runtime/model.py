@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..architectures import Architecture, family
+from ..checkpoint import load_transformers
 from ..config import MLAConfig
 from ..errors import CheckpointError, UnsupportedModelError
 from ..models import base_model_type
 from .attention import PagedAttention, Piece, Step
 from .cache import CachedSequence, PagedLatentCache
-from .generate import Generation, Request, Sampling, TextStream, run
+from .generate import Generation, Request, Sampling, TextStream, TokenScores, run
 from .modules import replace_modules
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["MLAModel", "load"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SCORED_ROWS = 256  # at once: logits of a vocabulary of 128k take 128 MB
 
 
 def load(
@@ -54,24 +55,7 @@ def load(
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     path = Path(path)
     _check_checkpoint(path)
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    model, info = loaded
-    # transformers would fill what is missing with random numbers, and drop what it has no place for.
-    for problem in ("missing_keys", "unexpected_keys"):
-        if info[problem]:
-            raise CheckpointError(f"{path}: {problem.replace('_', ' ')}: {', '.join(sorted(info[problem]))}")
+    model: Any = load_transformers(path, dtype)
     return MLAModel(model.to(device), tokenizer=_load_tokenizer(path), max_tokens=max_tokens, block_size=block_size)
 
 
@@ -174,16 +158,59 @@ class MLAModel:
         self._check(prompts, handles)
         self.cache.reserve(handles, [len(prompt) for prompt in prompts])
         try:
-            last_hidden = [torch.empty(0)] * len(prompts)
-            for chunk in _chunks([len(prompt) for prompt in prompts], chunk_size):
-                hidden = self._forward([prompts[i][span] for i, span in chunk], [handles[i] for i, _ in chunk])
-                for (i, _), piece in zip(chunk, hidden, strict=True):
-                    last_hidden[i] = piece[-1]
-            return self._logits(torch.stack(last_hidden)), handles
+            last_hidden = self._last_hidden(prompts, handles, [1] * len(prompts), chunk_size)
+            return self._logits(torch.cat(last_hidden)), handles
         except BaseException:
             if sequences is None:
                 self.free(handles)
             raise
+
+    @torch.inference_mode()
+    def score(
+        self,
+        contexts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        *,
+        chunk_size: int = 4096,
+    ) -> list[list[TokenScores]]:
+        """How likely the continuations of each context are; what they share is computed once.
+
+        Args:
+            contexts: token ids, at least one each.
+            continuations: for each context one or more, of one token or more.
+            chunk_size: tokens per forward pass, as of ``prefill``.
+        Raises:
+            CacheFullError: the cache cannot hold all of them at once; it is as before.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if not all(contexts) or not all(its and all(its) for its in continuations):
+            raise ValueError("every context needs a token and a continuation, and every continuation a token")
+        # A context goes through together with its longest continuation; the others branch off where it ends.
+        longest = [max(its, key=len) for its in continuations]
+        trunks = [[*context, *its[:-1]] for context, its in zip(contexts, longest, strict=True)]
+        pairs = [(i, continuation) for i, its in enumerate(continuations) for continuation in its]
+        branches = [(i, tokens[:-1]) for i, tokens in pairs if tokens is not longest[i] and len(tokens) > 1]
+        sequences = [CachedSequence() for _ in trunks]
+        self._check(trunks, sequences)
+        for _, tokens in pairs:
+            self._check_ids(tokens)
+        try:
+            trunk_hidden = self._last_hidden(trunks, sequences, list(map(len, longest)), chunk_size)
+            forks = [self.cache.fork(sequences[i], len(contexts[i])) for i, _ in branches]
+            sequences += forks
+            prompts = [tokens for _, tokens in branches]
+            branch_hidden = iter(self._last_hidden(prompts, forks, list(map(len, prompts)), chunk_size))
+        finally:
+            self.free(sequences)
+        rows = []
+        for i, tokens in pairs:
+            if tokens is longest[i]:
+                rows.append(trunk_hidden[i])
+            else:
+                rows += [trunk_hidden[i][:1], *([next(branch_hidden)] if len(tokens) > 1 else [])]
+        scores = iter(self._token_scores(torch.cat(rows), [tokens for _, tokens in pairs]))
+        return [[next(scores) for _ in its] for its in continuations]
 
     @torch.inference_mode()
     def decode(
@@ -311,15 +338,33 @@ class MLAModel:
         for prompt, sequence in zip(prompts, sequences, strict=True):
             if not prompt:
                 raise ValueError("a prompt is empty")
-            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-                raise ValueError(
-                    f"token ids must be in [0, {self.config.vocab_size}), got {min(prompt)} .. {max(prompt)}"
-                )
+            self._check_ids(prompt)
             if sequence.length + len(prompt) > self.max_position_embeddings:
                 raise ValueError(
                     f"{sequence.length + len(prompt)} tokens in a sequence, but the model has "
                     f"{self.max_position_embeddings} positions"
                 )
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {min(tokens)} .. {max(tokens)}")
+
+    def _last_hidden(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sequences: Sequence[CachedSequence],
+        num_last: Sequence[int],
+        chunk_size: int,
+    ) -> list[Tensor]:
+        """Hidden states of the last num_last[i] new tokens of each sequence, as of ``_forward``, chunk by chunk."""
+        kept: list[list[Tensor]] = [[] for _ in prompts]
+        for chunk in _chunks([len(prompt) for prompt in prompts], chunk_size):
+            hidden = self._forward([prompts[i][span] for i, span in chunk], [sequences[i] for i, _ in chunk])
+            for (i, span), piece in zip(chunk, hidden, strict=True):
+                first = len(prompts[i]) - num_last[i]
+                if span.stop > first:
+                    kept[i].append(piece[max(first - span.start, 0) :])
+        return [torch.cat(pieces) for pieces in kept]
 
     def _forward(
         self, prompts: Sequence[Sequence[int]], sequences: Sequence[CachedSequence], *, batch_invariant: bool = False
@@ -368,6 +413,18 @@ class MLAModel:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._architecture.logits(self.config, self._lm_head(self._decoder.norm(hidden)))
+
+    def _token_scores(self, hidden: Tensor, continuations: Sequence[Sequence[int]]) -> list[TokenScores]:
+        """Of the tokens of all continuations, from the hidden states before each: [num_tokens, hidden_size]."""
+        tokens = torch.tensor([token for its in continuations for token in its], device=self.device)
+        logprobs, likeliest = [], []
+        for part, wanted in zip(hidden.split(_SCORED_ROWS), tokens.split(_SCORED_ROWS), strict=True):
+            logits = self._logits(part).float()
+            logprobs.append(logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
+            likeliest.append(logits.argmax(-1))
+        lengths = list(map(len, continuations))
+        both = zip(torch.cat(logprobs).cpu().split(lengths), torch.cat(likeliest).cpu().split(lengths), strict=True)
+        return [TokenScores(*its) for its in both]
 
 
 def _layer_shapes(config: PretrainedConfig) -> list[MLAConfig]:

@@ -66,6 +66,11 @@ class SharedBlockPool:
             self._num_owners[block] = 1
         return blocks
 
+    def share(self, blocks: Sequence[int]) -> None:
+        """One owner more for each block, which has one."""
+        for block in blocks:
+            self._num_owners[block] += 1
+
     def free(self, blocks: Sequence[int]) -> None:
         """One owner less for each block; ValueError, and nothing is freed, where there are not so many."""
         for block, count in Counter(blocks).items():

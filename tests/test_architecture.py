@@ -33,8 +33,9 @@ PYTHON_ROOMS = {
     "text": set(),
     "convert": {"architectures", "checkpoint", "config", "errors", "models", "ops", "text"},
     "runtime": {"_lib", "architectures", "checkpoint", "config", "errors", "models", "ops"},
+    "evaluate": {"checkpoint", "errors", "models", "runtime", "text"},
     "capacity": {"architectures", "checkpoint", "config", "models"},
-    "cli": {"architectures", "capacity", "convert", "env", "errors", "runtime"},
+    "cli": {"architectures", "capacity", "convert", "env", "errors", "evaluate", "runtime"},
     "__main__": {"cli"},
 }
 

@@ -11,6 +11,7 @@ from ._lib import get_cmake_dir, get_include
 from .capacity import plan
 from .config import MLAConfig
 from .convert import convert
+from .evaluate import evaluate
 from .models import register
 from .runtime import Engine, load
 
@@ -19,6 +20,7 @@ __all__ = [
     "MLAConfig",
     "convert",
     "errors",
+    "evaluate",
     "get_cmake_dir",
     "get_include",
     "load",

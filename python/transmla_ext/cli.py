@@ -1,4 +1,4 @@
-"""The command line: transmla models, plan, convert, compare, generate, env."""
+"""The command line: transmla models, plan, convert, compare, eval, generate, env."""
 
 from __future__ import annotations
 
@@ -218,6 +218,63 @@ def compare(
     console = Console()
     console.print(comparison.table())
     console.print(f"written to {out}; try: transmla generate {out / 'auto'} 'Once upon a time'", highlight=False)
+
+
+@app.command(
+    "eval",
+    epilog="Examples:\n\n"
+    "  transmla eval Llama-2-7b-hf llama-mla   # perplexity, on text that comes with Python\n\n"
+    "  transmla eval Llama-2-7b-hf llama-mla --out eval/ --tasks paper --text essays.txt\n\n"
+    "  transmla eval llama-mla --tasks my_task --include-path my_tasks/ --limit 100",
+)
+def evaluate(
+    models: Annotated[
+        list[Path], typer.Argument(help="Converted models, and any that transformers runs: directories or GGUF files.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write: eval.{json,md,png}. Makes a killed run resumable.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file or `datasets` name. \\[default: last quarter of Python's own text]")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the text at most; 0: no perplexity.")] = 32768,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of each piece of the text.")] = 512,
+    tasks: Annotated[
+        str, typer.Option(help="Of lm-evaluation-harness, with commas between; 'paper': those of TransMLA's paper.")
+    ] = "",
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in front of each question. \\[default: the task's]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task. \\[default: all]")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory of tasks of one's own, in YAML.")] = None,
+    dtype: Annotated[DTypeName | None, typer.Option(help="To compute in. \\[default: each checkpoint's]")] = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity and benchmark scores, models side by side.
+
+    With --out, a killed run resumes when the same command is given again.
+    """
+    from .evaluate import evaluate as run
+
+    evaluation = run(
+        models,
+        out,
+        text=text,
+        text_tokens=text_tokens,
+        sequence_length=sequence_length,
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        include_path=include_path,
+        dtype=dtype.value if dtype else None,
+        device=device,
+        progress=not quiet,
+    )
+    console = Console()
+    console.print(evaluation.table())
+    if out is not None:
+        console.print(f"written to {out}", highlight=False)
 
 
 @app.command(epilog="Example:\n\n  transmla generate out/ 'The capital of France is' --max-new-tokens 32")

@@ -127,7 +127,13 @@ def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
 
 @pytest.mark.parametrize(
     ("command", "default"),
-    [("convert", "free]"), ("compare", "convert's]"), ("generate", "checkpoint's]"), ("plan", "%]")],
+    [
+        ("convert", "free]"),
+        ("compare", "convert's]"),
+        ("eval", "checkpoint's]"),
+        ("generate", "checkpoint's]"),
+        ("plan", "%]"),
+    ],
 )
 def test_help_has_examples_and_defaults(run: Callable[..., Result], command: str, default: str) -> None:
     text = run(command, "--help").out

@@ -15,6 +15,7 @@ import pytest
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -162,6 +163,25 @@ def test_scores_are_those_of_lm_eval_s_own_transformers_model(
     assert ours.model.cache.num_free_tokens == num_free
 
 
+def test_text_becomes_tokens_as_in_lm_eval_s_own_transformers_model(
+    converted: Callable[[str], Path],
+) -> None:
+    ours, theirs = harness.TransMLALM(converted("transmla")), in_transformers(converted("transmla"))
+    for lm in (ours, theirs):
+        bos = ("<bos>", lm.tokenizer.bos_token_id)
+        lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+        lm.tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.content }}\n{% endfor %}"
+    chat = [{"role": "user", "content": "while"}]
+    text = ours.apply_chat_template(chat)
+    assert text == theirs.apply_chat_template(chat) == "<bos>while\n"
+    for string, flag in ((text, None), ("while", None), (text, True), ("while", False)):
+        tokens = ours.tok_encode(string, add_special_tokens=flag)
+        assert tokens == theirs.tok_encode(string, add_special_tokens=flag)
+    assert ours.tok_encode(text)[:2] != [ours.prefix_token_id] * 2
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    assert ours.tokenizer_name == theirs.tokenizer_name
+
+
 def metrics(outcome: Any, task: str) -> dict[str, float]:
     return {key: value for key, value in outcome["results"][task].items() if isinstance(value, float)}
 
@@ -192,12 +212,16 @@ def test_eval_sets_models_side_by_side(
         assert f"{results['transmla'][0]['value']:,.2f}" in shown
 
 
-def test_every_model_sees_the_same_examples(original: Path, tasks: Path) -> None:
+def test_every_model_sees_the_same_examples(original: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = in_transformers(original)
+    seen: list[Any] = []
+    ask = lm.loglikelihood
+    monkeypatch.setattr(lm, "loglikelihood", lambda its: seen.append([request.args for request in its]) or ask(its))
     [task] = harness.load_tasks(["local_choice"], tasks, 2)
-    assert task.loaded["tasks"]["local_choice"].config.num_fewshot == 2
-    first, second = (harness.run_task(lm, task, limit=None, progress=False) for _ in range(2))
+    first, second = (harness.run_task(lm, task, limit=8, progress=False) for _ in range(2))
     assert first == second
+    assert seen[0] == seen[1]
+    assert all(context.count("Question:") == 3 for context, _ in seen[0])
     assert [result.metric for result in first] == ["acc", "acc_norm"]
 
 

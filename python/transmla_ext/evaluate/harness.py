@@ -238,7 +238,13 @@ def harness_model(model: MLAModel | PreTrainedModel, tokenizer: PreTrainedTokeni
     from lm_eval.models.huggingface import HFLM
 
     with redirect_stderr(StringIO()):  # it warns that it has not loaded the model itself
-        return HFLM(model, tokenizer=tokenizer, backend="causal", batch_size=_TRANSFORMERS_BATCH_SIZE)
+        return HFLM(
+            model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=_TRANSFORMERS_BATCH_SIZE,
+            softmax_dtype=torch.float32,  # as here: bf16 would round log-likelihoods to 8 bits
+        )
 
 
 def run_task(lm: Any, task: HarnessTask, *, limit: int | None, progress: bool) -> list[Result]:

@@ -58,7 +58,7 @@ class Evaluation:
         rows = -(-len(metrics) // columns)
         figure = Figure(figsize=(2.6 * columns + 1, (0.35 * len(models) + 0.9) * rows), layout="constrained")
         charts = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
-        for chart, results in zip(charts, metrics, strict=False):
+        for results, chart in zip(metrics, charts, strict=False):
             stderrs = [result.stderr or 0.0 for result in results]
             colors = [f"tab:{'gray' if i == 0 and len(models) > 1 else 'blue'}" for i in range(len(models))]
             bars = chart.barh(models, [result.value for result in results], xerr=stderrs, color=colors)
@@ -66,7 +66,6 @@ class Evaluation:
             chart.set_title(_name(results[0]), fontsize="medium")
             chart.set_ylim(len(models) - 0.5, -0.5)
             chart.margins(x=0.35)
-            chart.set_xlim(left=0)
             chart.grid(axis="x", alpha=0.3)
             chart.set_axisbelow(True)
         for chart in charts:

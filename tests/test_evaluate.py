@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -24,6 +26,7 @@ from transmla_ext.cli import app
 from transmla_ext.errors import CheckpointError, TransMLAError
 from transmla_ext.evaluate import harness
 from transmla_ext.evaluate.subject import Subject
+from transmla_ext.runtime import MLAModel
 
 CHOICE = """
 task: local_choice
@@ -131,11 +134,20 @@ def in_transformers(path: Path, **options: Any) -> HFLM:
     return HFLM(model, tokenizer=AutoTokenizer.from_pretrained(path), backend="causal", batch_size=3, **options)
 
 
-@pytest.mark.parametrize(("num_fewshot", "max_length"), [(0, None), (2, 64)], ids=["whole", "truncated"])
+@pytest.mark.parametrize(
+    ("num_fewshot", "max_length", "batch_tokens"), [(0, None, 4096), (2, 64, 100)], ids=["whole", "truncated"]
+)
 @pytest.mark.parametrize("format", ["transmla", "deepseek_v3"])
 def test_scores_are_those_of_lm_eval_s_own_transformers_model(
-    converted: Callable[[str], Path], tasks: Path, format: str, num_fewshot: int, max_length: int | None
+    converted: Callable[[str], Path],
+    tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    num_fewshot: int,
+    max_length: int | None,
+    batch_tokens: int,
 ) -> None:
+    monkeypatch.setattr(harness, "_BATCH_TOKENS", batch_tokens)
     ours = get_model("transmla").create_from_arg_string(
         f"pretrained={converted(format)},dtype=float32", {"batch_size": 1, "device": "cpu", "max_length": max_length}
     )
@@ -180,6 +192,24 @@ def test_text_becomes_tokens_as_in_lm_eval_s_own_transformers_model(
     assert ours.tok_encode(text)[:2] != [ours.prefix_token_id] * 2
     assert ours.prefix_token_id == theirs.prefix_token_id
     assert ours.tokenizer_name == theirs.tokenizer_name
+
+
+def test_requests_of_one_context_are_no_more_at_once_than_others(
+    converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    score = MLAModel.score
+
+    def recording(self: MLAModel, contexts: Any, continuations: Any) -> Any:
+        sizes.append(sum(map(len, contexts)) + sum(len(tokens) for its in continuations for tokens in its))
+        return score(self, contexts, continuations)
+
+    monkeypatch.setattr(MLAModel, "score", recording)
+    monkeypatch.setattr(harness, "_BATCH_TOKENS", 60)
+    lm = harness.TransMLALM(converted("transmla"))
+    answers = lm._loglikelihood_tokens([(None, [5], [7] * 20) for _ in range(7)] + [(None, [6], [7])])
+    assert answers[:7] == [pytest.approx(answers[0], abs=1e-4)] * 7
+    assert sizes == [61, 61, 23]
 
 
 def metrics(outcome: Any, task: str) -> dict[str, float]:
@@ -356,9 +386,14 @@ def test_the_paper_s_tasks_are_lm_eval_s_and_other_names_get_the_nearest(origina
         transmla_ext.evaluate(original, tasks=["paper", "hellaswagg"])
 
 
-@pytest.mark.slow
-def test_lm_eval_s_own_command_line_knows_the_model(converted: Callable[[str], Path], tasks: Path) -> None:
+def test_lm_eval_s_own_command_line_knows_the_model(
+    converted: Callable[[str], Path], tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Neither its 14,000 tasks nor pip's list of packages, which take half a minute, are wanted here.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     model = f"--model transmla --model_args pretrained={converted('transmla')} --device cpu"
-    command = f"-m transmla_ext.evaluate run {model} --tasks local_choice --include_path {tasks} --limit 2"
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, check=True)
-    assert "|acc_norm|" in done.stdout
+    command = f"lm-eval run {model} --tasks local_choice --include_path {tasks} --limit 2"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_module("transmla_ext.evaluate", run_name="__main__")
+    assert "|acc_norm|" in capsys.readouterr().out

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lm_eval.models  # noqa: F401  (its own models)
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["HarnessTask", "TransMLALM", "harness_model", "load_tasks", "run_task"]
+
+_Item = TypeVar("_Item")
 
 _BATCH_TOKENS = 4096
 _TRANSFORMERS_BATCH_SIZE = 8
@@ -111,15 +113,26 @@ class TransMLALM(TemplateLM):  # type: ignore[misc]
             if room < 1:
                 raise ValueError(f"a continuation of {len(continuation)} tokens, but max_length is {self.max_length}")
             sharing[tuple(context[-room:])].append(i)
+
+        def num_tokens(group: tuple[tuple[int, ...], list[int]]) -> int:
+            return len(group[0]) + sum(len(requests[i][2]) for i in group[1])
+
+        groups = [
+            (context, part) for context, its in sharing.items() for part in _packed(its, lambda i: len(requests[i][2]))
+        ]
+        # Longest first: what does not fit shows at once, and the time left is not underestimated.
+        groups.sort(key=num_tokens, reverse=True)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for contexts in _batches(sharing, [continuation for _, _, continuation in requests]):
-                scores = self.model.score(contexts, [[requests[i][2] for i in sharing[c]] for c in contexts])
-                for shared, its in zip(contexts, scores, strict=True):
-                    for i, score in zip(sharing[shared], its, strict=True):
-                        text, _, wanted = requests[i]
+            for batch in _packed(groups, num_tokens):
+                scores = self.model.score(
+                    [context for context, _ in batch], [[requests[i][2] for i in part] for _, part in batch]
+                )
+                for (_, part), its in zip(batch, scores, strict=True):
+                    for i, score in zip(part, its, strict=True):
+                        text, _, continuation = requests[i]
                         total = float(score.logprobs.sum(dtype=torch.float64))
-                        answers[i] = (total, score.likeliest.tolist() == wanted)
+                        answers[i] = (total, score.likeliest.tolist() == continuation)
                         if text is not None:
                             self.cache_hook.add_partial("loglikelihood", text, answers[i])
                         bar.update()
@@ -171,24 +184,18 @@ class TransMLALM(TemplateLM):  # type: ignore[misc]
         return texts
 
 
-def _batches(
-    sharing: Mapping[tuple[int, ...], Sequence[int]], continuations: Sequence[Sequence[int]]
-) -> Iterator[list[tuple[int, ...]]]:
-    """Contexts, longest first, so that what does not fit shows at once and the time left is not underestimated."""
-
-    def num_tokens(context: tuple[int, ...]) -> int:
-        return len(context) + sum(len(continuations[i]) for i in sharing[context])
-
-    batch: list[tuple[int, ...]] = []
+def _packed(items: Iterable[_Item], num_tokens: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """Items in order, as many together as have _BATCH_TOKENS, or one that has more."""
+    pack: list[_Item] = []
     room = _BATCH_TOKENS
-    for context in sorted(sharing, key=num_tokens, reverse=True):
-        if batch and num_tokens(context) > room:
-            yield batch
-            batch, room = [], _BATCH_TOKENS
-        batch.append(context)
-        room -= num_tokens(context)
-    if batch:
-        yield batch
+    for item in items:
+        if pack and num_tokens(item) > room:
+            yield pack
+            pack, room = [], _BATCH_TOKENS
+        pack.append(item)
+        room -= num_tokens(item)
+    if pack:
+        yield pack
 
 
 @dataclass(frozen=True)

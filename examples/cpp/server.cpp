@@ -1,6 +1,7 @@
 // The parts alone, without torch and Python: paged latent cache, page allocator and kernels in a
 // server that has its own model code, its own loop and its own threads.
 //
+//   cd examples/cpp
 //   cmake -B build -Dtransmla_DIR=$(python -c "import transmla_ext as t; print(t.get_cmake_dir())")
 //   cmake --build build && build/server
 //
@@ -85,11 +86,12 @@ class Server {
     while (!waiting.empty() || !running.empty()) {
       while (!waiting.empty() && running.size() < kMaxBatch) {
         // The room for all of it at once, so that nothing runs out later.
-        const auto num_blocks = (waiting.front().num_tokens + kBlockSize - 2) / kBlockSize;
-        if (static_cast<int32_t>(num_blocks) > pool_.num_free()) break;
+        const auto num_blocks =
+            static_cast<int32_t>((waiting.front().num_tokens + kBlockSize - 2) / kBlockSize);
+        if (num_blocks > pool_.num_free() && !running.empty()) break;
+        waiting.front().blocks = pool_.allocate(num_blocks);  // throws if it would never fit
         running.push_back(std::move(waiting.front()));
         waiting.pop_front();
-        running.back().blocks = pool_.allocate(static_cast<int32_t>(num_blocks));
       }
       step(running);
       for (const Request& request : running) {
@@ -108,8 +110,8 @@ class Server {
   }
 
  private:
-  // One more token of each request goes into the cache; those that are through their prompt get
-  // one.
+  // Puts one more token of each request into the cache; one that is through its prompt gets a
+  // token.
   void step(std::vector<Request>& batch) {
     const auto batch_size = static_cast<index_t>(batch.size());
     std::vector<int32_t> block_table(batch_size * kNumBlocks, -1), cache_seqlens;
@@ -123,7 +125,8 @@ class Server {
                              position % kBlockSize);
       cache_seqlens.push_back(static_cast<int32_t>(request.length));
       std::copy(request.blocks.begin(), request.blocks.end(), &block_table[b * kNumBlocks]);
-      hidden.insert(hidden.end(), &embedding_[token * kHidden], &embedding_[(token + 1) * kHidden]);
+      const float* embedded = embedding_.data() + token * kHidden;
+      hidden.insert(hidden.end(), embedded, embedded + kHidden);
     }
 
     for (Layer& layer : layers_) {

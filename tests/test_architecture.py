@@ -34,8 +34,9 @@ PYTHON_ROOMS = {
     "convert": {"architectures", "checkpoint", "config", "errors", "models", "ops", "text"},
     "runtime": {"_lib", "architectures", "checkpoint", "config", "errors", "models", "ops"},
     "evaluate": {"checkpoint", "errors", "models", "runtime", "text"},
+    "serve": {"errors", "runtime"},
     "capacity": {"architectures", "checkpoint", "config", "models"},
-    "cli": {"architectures", "capacity", "convert", "env", "errors", "evaluate", "runtime"},
+    "cli": {"architectures", "capacity", "convert", "env", "errors", "evaluate", "runtime", "serve"},
     "__main__": {"cli"},
 }
 

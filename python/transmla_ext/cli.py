@@ -1,4 +1,4 @@
-"""The command line: transmla models, plan, convert, compare, eval, generate, env."""
+"""The command line: transmla models, plan, convert, compare, eval, generate, serve, env."""
 
 from __future__ import annotations
 
@@ -308,6 +308,58 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  transmla serve out/ --port 8000\n\n"
+    "  transmla serve out/ --host 0.0.0.0 --api-key-file keys.txt --max-batch-size 64 --cache-tokens 200000\n\n"
+    "  curl localhost:8000/v1/completions -H 'Content-Type: application/json'"
+    """ -d '{"model": "out", "prompt": "Once upon a time", "max_tokens": 32, "stream": true}'"""
+)
+def serve(
+    model: Annotated[Path, typer.Argument(help="A converted model, of either format.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What requests call the model. \\[default: its directory's name]")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys, one a line; requests must have one of them. \\[default: none needed]")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Requests that run at once.")] = 32,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get status 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens that an answer may have.")] = 4096,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes that a request may have.")] = 4 << 20,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in the cache, all requests together. \\[default: half the memory]")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds from a request to the end of its answer.")] = 600.0,
+    grace_period: Annotated[float, typer.Option(help="Seconds to finish running answers on SIGTERM.")] = 30.0,
+    dtype: Annotated[DTypeName | None, typer.Option(help="To compute in. \\[default: the checkpoint's]")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Serve a converted model to OpenAI clients: completions, chat, streams, log probabilities; /health, /metrics."""
+    try:
+        from .serve import serve as run
+    except ModuleNotFoundError as error:
+        raise TransMLAError(f"serve needs {error.name}: pip install 'transmla_ext[serve]'") from error
+    run(
+        model,
+        host=host,
+        port=port,
+        model_name=served_model_name,
+        api_key_file=api_key_file,
+        max_body_bytes=max_body_bytes,
+        max_tokens=max_tokens,
+        max_queue=max_queue,
+        max_batch_size=max_batch_size,
+        timeout=timeout,
+        grace_period=grace_period,
+        cache_tokens=cache_tokens,
+        dtype=dtype.value if dtype else None,
+        device=device,
+    )
 
 
 @app.command(

@@ -1,0 +1,137 @@
+"""transmla serve: a model, an engine, the application, uvicorn around it, and the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from ..runtime import Engine, load
+from .app import create_app
+from .guard import Door
+
+__all__ = ["Server", "serve"]
+
+_CLOSE_SECONDS = 5  # for connections whose answers have been sent, or given up
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on a signal lets no request in any more and gives those inside time to finish.
+
+    Args:
+        config: of an application that ``create_app`` made.
+        grace_period: seconds; what then still runs is ended with an error that says so.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, grace_period: float) -> None:
+        super().__init__(config)
+        self._grace_period = grace_period
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        # The sockets still listen: whoever comes now is told, by status 503, to go elsewhere.
+        door: Door = self.config.app.state.door  # type: ignore[union-attr]
+        door.closed = True
+        deadline = time.monotonic() + self._grace_period
+        while door.inside and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        door.turn_out()
+
+
+def serve(
+    path: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model_name: str | None = None,
+    api_key_file: str | Path | None = None,
+    max_body_bytes: int = 4 << 20,
+    max_tokens: int = 4096,
+    max_queue: int = 256,
+    max_batch_size: int = 32,
+    timeout: float = 600.0,
+    grace_period: float = 30.0,
+    cache_tokens: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Answers OpenAI's requests with a converted model until SIGINT or SIGTERM.
+
+    Args:
+        path, dtype, device: as of ``load``; cache_tokens is its max_tokens.
+        port: 0 takes a free one.
+        model_name: by which requests ask for the model; None: its directory's.
+        api_key_file: one key a line, any of which requests must have. A file, since ``ps`` shows arguments.
+        max_body_bytes, max_tokens, timeout: as of ``create_app``.
+        max_queue, max_batch_size: requests that may wait, and run.
+        grace_period: seconds that running requests have to finish after the signal.
+    Raises:
+        ValueError: a bad argument, or a port that is not free; TransMLAError: a bad model. Nothing was served.
+    """
+    path = Path(path)
+    api_keys = () if api_key_file is None else _read_keys(Path(api_key_file))
+    if not 0 <= grace_period < float("inf"):
+        raise ValueError(f"grace_period must be at least 0, got {grace_period}")
+    listener = _bind(host, port)
+    with listener:
+        model = load(path, dtype=dtype, device=device, max_tokens=cache_tokens)
+        engine = Engine(
+            model,
+            max_batch_size=max_batch_size,
+            max_tokens_per_step=max(512, max_batch_size),
+            max_queue_length=max_queue,
+        )
+        app = create_app(
+            engine,
+            model_name=model_name or path.resolve().name,
+            api_keys=api_keys,
+            max_body_bytes=max_body_bytes,
+            max_tokens=max_tokens,
+            timeout=timeout,
+        )
+        if not _is_loopback(host) and not api_keys:
+            logger.warning("anybody who reaches %s may use this server: give it an API key", host)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_SECONDS)
+        server = Server(config, grace_period=grace_period)
+        address = f"[{host}]" if ":" in host else host
+        logging.getLogger("uvicorn.error").info("http://%s:%d/v1", address, listener.getsockname()[1])
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is done
+            server.run(sockets=[listener])
+
+
+def _read_keys(path: Path) -> list[str]:
+    try:
+        keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"API keys cannot be read: {error}") from error
+    if not keys:
+        raise ValueError(f"{path} has no API key: one a line is expected")
+    return keys
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that does not listen yet: a port that is taken is found before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen at {host}, port {port}: {error}") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -132,6 +132,7 @@ def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
         ("compare", "convert's]"),
         ("eval", "checkpoint's]"),
         ("generate", "checkpoint's]"),
+        ("serve", "needed]"),
         ("plan", "%]"),
     ],
 )
@@ -139,6 +140,23 @@ def test_help_has_examples_and_defaults(run: Callable[..., Result], command: str
     text = run(command, "--help").out
     assert "Example" in text
     assert default in text
+
+
+def test_serve_without_its_packages_says_how_to_get_them(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("transmla_ext.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    missing = run("serve", tmp_path)
+    assert (missing.code, len(missing.err.splitlines())) == (2, 1)
+    assert "pip install 'transmla_ext[serve]'" in missing.err
+
+
+def test_serve_refuses_what_is_no_model(run: Callable[..., Result], tmp_path: Path) -> None:
+    bad = run("serve", tmp_path, "--port", 0)
+    assert (bad.code, len(bad.err.splitlines())) == (2, 1)
+    assert "no config.json" in bad.err
 
 
 def test_the_package_runs_as_a_module() -> None:

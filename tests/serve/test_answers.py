@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import Serving, run_server, tiny_model
 from runtime.tiny import EOS
+from serving import Serving, run_server, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from transmla_ext import MLAConfig

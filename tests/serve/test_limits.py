@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Serving, tiny_model, wait_until
 from runtime.tiny import VOCAB_SIZE
+from serving import Serving, tiny_model, wait_until
 
 from transmla_ext import Engine
 from transmla_ext.errors import CheckpointError
@@ -393,6 +393,9 @@ def test_bad_options_are_refused_before_a_model_is_loaded(tmp_path: Path) -> Non
         serve(tmp_path, api_key_file=tmp_path / "empty")
     with pytest.raises(ValueError, match="grace_period"):
         serve(tmp_path, grace_period=-1)
+    for limit in ("max_batch_size", "max_queue", "cache_tokens"):
+        with pytest.raises(ValueError, match=limit):
+            serve(tmp_path, **{limit: 0})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any
 
 import anyio
 from fastapi import FastAPI, Request
@@ -16,17 +16,24 @@ from starlette.responses import JSONResponse, Response
 
 from ..errors import CheckpointError
 from ..runtime import Engine
+from .admission import Admission, AdmissionMiddleware
 from .answer import CHAT, COMPLETION, Answer
-from .generation import Backend
-from .guard import Door, Guard
+from .generation import Backend, Generation
 from .metrics import Metrics
 from .protocol import APIError, ChatRequest, CompletionRequest, GenerationRequest
 
-__all__ = ["create_app"]
+__all__ = ["check_positive", "create_app"]
 
 _LONG_TEXT = 8192  # characters; what takes longer than some milliseconds to tokenise does not keep the others waiting
 
-T = TypeVar("T")
+Prompts = list[list[int]]
+
+
+def check_positive(**limits: float) -> None:
+    """Raises ValueError for the first limit that is not, or infinite."""
+    for name, value in limits.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive, got {value}")
 
 
 def create_app(
@@ -49,17 +56,15 @@ def create_app(
     Raises:
         ValueError: a bad limit; CheckpointError: a model without a tokenizer.
     """
-    for name, value in {"max_body_bytes": max_body_bytes, "max_tokens": max_tokens, "timeout": timeout}.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be positive, got {value}")
+    check_positive(max_body_bytes=max_body_bytes, max_tokens=max_tokens, timeout=timeout)
     if engine.model.tokenizer is None:
         raise CheckpointError("the checkpoint has no tokenizer, and clients send text: add its tokenizer.json")
     metrics = Metrics(engine)
     backend = Backend(engine, max_tokens=max_tokens, metrics=metrics)
-    door = Door(api_keys=api_keys, max_body_bytes=max_body_bytes, timeout=timeout, metrics=metrics)
+    admission = Admission(api_keys=api_keys, max_body_bytes=max_body_bytes, timeout=timeout, metrics=metrics)
     app = FastAPI(title="transmla serve")
-    app.state.door = door
-    app.add_middleware(Guard, door=door)
+    app.state.admission = admission
+    app.add_middleware(AdmissionMiddleware, admission=admission)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     model = {
@@ -75,7 +80,7 @@ def create_app(
             message = f"there is no model '{name}' here, only '{model_name}'"
             raise APIError(404, message, param="model", code="model_not_found")
 
-    def start(request: GenerationRequest, prompts: Sequence[Sequence[int]], param: str) -> Any:
+    def start(request: GenerationRequest, prompts: Prompts, param: str) -> Generation:
         positions = engine.model.max_position_embeddings
         if (longest := max(map(len, prompts))) > positions:
             message = f"the prompt has {longest} tokens, and the model's context is {positions}"
@@ -86,12 +91,12 @@ def create_app(
     async def completions(request: CompletionRequest) -> Answer:
         check_model(request.model)
 
-        def tokenize() -> list[list[int]]:
+        def tokenize() -> Prompts:
             prompts = request.prompts
             return [engine.model.tokenizer(p).input_ids if isinstance(p, str) else p for p in prompts]
 
         num_chars = sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
-        prompts = await _in_thread(tokenize) if num_chars > _LONG_TEXT else tokenize()
+        prompts = await _call(tokenize, num_chars)
         return Answer(COMPLETION, request, start(request, prompts, "prompt"))
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -99,12 +104,12 @@ def create_app(
         check_model(request.model)
         messages = [message.template_fields() for message in request.messages]
 
-        def tokenize() -> list[list[int]]:
+        def tokenize() -> Prompts:
             return [engine.model.chat_prompt(messages)]
 
         num_chars = sum(len(message["content"]) for message in messages)
         try:
-            prompts = await _in_thread(tokenize) if num_chars > _LONG_TEXT else tokenize()
+            prompts = await _call(tokenize, num_chars)
         except (ValueError, TemplateError) as error:
             raise APIError(400, f"chat template: {error}", param="messages") from error
         return Answer(CHAT, request, start(request, prompts, "messages"))
@@ -120,7 +125,7 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        if door.closed:
+        if admission.closed:
             return JSONResponse({"status": "shutting down"}, 503)
         if backend.failure is not None:
             return JSONResponse({"status": "the engine's last step failed"}, 503)
@@ -133,8 +138,8 @@ def create_app(
     return app
 
 
-async def _in_thread(call: Callable[[], T]) -> T:
-    return await anyio.to_thread.run_sync(call)
+async def _call(tokenize: Callable[[], Prompts], num_chars: int) -> Prompts:
+    return await anyio.to_thread.run_sync(tokenize) if num_chars > _LONG_TEXT else tokenize()
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:

@@ -61,7 +61,7 @@ class Backend:
         self.engine = engine
         self.max_tokens = max_tokens
         self.metrics = metrics
-        self.failure: BaseException | None = None  # of the last step
+        self.failure: Exception | None = None  # of the last step
         self.vocabulary = Vocabulary(engine.model.tokenizer)
 
     def start(self, request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> Generation:
@@ -131,25 +131,34 @@ class Generation:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """One for each token. EngineFailedError: a step raised something."""
-        try:
-            async for i, output in _merged(self._streams):
-                self._backend.failure = None
-                self._num_tokens += 1
-                is_first = self._last_times[i] is None
-                self._observe(i)
-                reason = None if output.finish_reason is None else _FINISH_REASONS[output.finish_reason]
-                logprobs = self._logprobs(i, output) if self._with_logprobs else None
-                yield Piece(i, is_first, output.text, logprobs, reason)
-        except Exception as error:
-            if error is not self._backend.failure:  # it ends all streams, and is one failure
-                logger.error("a step of the engine failed", exc_info=error)
-                self._backend.failure = error
-            raise EngineFailedError from error
+        async for i, output in self._outputs():
+            self._backend.failure = None
+            self._num_tokens += 1
+            is_first = self._last_times[i] is None
+            self._observe(i)
+            reason = None if output.finish_reason is None else _FINISH_REASONS[output.finish_reason]
+            logprobs = self._logprobs(i, output) if self._with_logprobs else None
+            yield Piece(i, is_first, output.text, logprobs, reason)
 
     def close(self) -> None:
         """Aborts what has not ended."""
         for stream in self._streams:
             stream.close()
+
+    async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """Of all choices as they come, with the choice's number."""
+        try:
+            if len(self._streams) > 1:
+                async for numbered in _merged(self._streams):
+                    yield numbered
+            else:
+                async for output in self._streams[0]:
+                    yield 0, output
+        except Exception as error:
+            if error is not self._backend.failure:  # it ends all streams, and is one failure
+                logger.error("a step of the engine failed", exc_info=error)
+                self._backend.failure = error
+            raise EngineFailedError from error
 
     def _observe(self, i: int) -> None:
         now, last = perf_counter(), self._last_times[i]
@@ -173,25 +182,21 @@ class Generation:
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Output]]:
-    """Outputs of all streams as they come, with the number of the stream."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    pending = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    """Outputs of all as they come, with the stream's number."""
+    waits = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
     try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        while waits:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 output = future.result()
-                i = pending.pop(future)
+                i = waits.pop(future)
                 if output.finish_reason is None:
-                    pending[asyncio.ensure_future(anext(streams[i]))] = i
+                    waits[asyncio.ensure_future(anext(streams[i]))] = i
                 yield i, output
     finally:
-        for future in pending:
+        for future in waits:
             future.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 class Vocabulary(dict[int, Token]):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -14,14 +14,14 @@ import torch
 import uvicorn
 
 from ..runtime import Engine, load
-from .app import create_app
-from .guard import Door
+from .admission import Admission
+from .app import check_positive, create_app
 
 __all__ = ["Server", "serve"]
 
 _CLOSE_SECONDS = 5  # for connections whose answers have been sent, or given up
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("uvicorn.error")  # which uvicorn has set up
 
 
 class Server(uvicorn.Server):
@@ -39,12 +39,12 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         await super().main_loop()
         # The sockets still listen: whoever comes now is told, by status 503, to go elsewhere.
-        door: Door = self.config.app.state.door  # type: ignore[union-attr]
-        door.closed = True
+        admission: Admission = self.config.app.state.admission  # type: ignore[union-attr]
+        admission.closed = True
         deadline = time.monotonic() + self._grace_period
-        while door.inside and not self.force_exit and time.monotonic() < deadline:
+        while admission.running and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        door.turn_out()
+        admission.cancel_all()
 
 
 def serve(
@@ -79,6 +79,14 @@ def serve(
     """
     path = Path(path)
     api_keys = () if api_key_file is None else _read_keys(Path(api_key_file))
+    check_positive(
+        max_body_bytes=max_body_bytes,
+        max_tokens=max_tokens,
+        max_queue=max_queue,
+        max_batch_size=max_batch_size,
+        timeout=timeout,
+        cache_tokens=1 if cache_tokens is None else cache_tokens,
+    )
     if not 0 <= grace_period < float("inf"):
         raise ValueError(f"grace_period must be at least 0, got {grace_period}")
     listener = _bind(host, port)
@@ -98,12 +106,12 @@ def serve(
             max_tokens=max_tokens,
             timeout=timeout,
         )
-        if not _is_loopback(host) and not api_keys:
-            logger.warning("anybody who reaches %s may use this server: give it an API key", host)
         config = uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_SECONDS)
         server = Server(config, grace_period=grace_period)
         address = f"[{host}]" if ":" in host else host
-        logging.getLogger("uvicorn.error").info("http://%s:%d/v1", address, listener.getsockname()[1])
+        logger.info("%s at http://%s:%d/v1", path, address, listener.getsockname()[1])
+        if not _is_loopback(host) and not api_keys:
+            logger.warning("whoever reaches %s may use this server; an API key would prevent that", host)
         with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is done
             server.run(sockets=[listener])
 
@@ -122,9 +130,11 @@ def _bind(host: str, port: int) -> socket.socket:
     """A socket that does not listen yet: a port that is taken is found before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with ExitStack() as on_error:
+            listener = on_error.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            on_error.pop_all()
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen at {host}, port {port}: {error}") from error
     return listener

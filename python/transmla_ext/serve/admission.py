@@ -1,4 +1,4 @@
-"""Who comes in, for how long, and what is said when it goes wrong."""
+"""Which requests are let in, how long they may take, and what is answered when they fail."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .metrics import Metrics
 from .protocol import APIError, EngineFailedError
 
-__all__ = ["Door", "Guard"]
+__all__ = ["Admission", "AdmissionMiddleware"]
 
 _LAST_WORDS_SECONDS = 1.0  # for telling a client that does not read why its stream ends
 
 logger = logging.getLogger(__name__)
 
 
-class Door:
-    """The requests that are in, and whether more may come.
+class Admission:
+    """The requests that run, and whether more may come.
 
     Args:
-        api_keys: one of which a request must have; none: everybody may come in.
+        api_keys: one of which a request must have; none: everybody is let in.
         max_body_bytes: of a request.
         timeout: seconds from a request's head to the last byte of its answer.
     """
@@ -35,11 +35,11 @@ class Door:
         self.timeout = timeout
         self.metrics = metrics
         self.closed = False
-        self.inside: set[anyio.CancelScope] = set()
+        self.running: set[anyio.CancelScope] = set()
         self._api_keys = [key.encode() for key in api_keys]
 
     def check(self, scope: Scope) -> None:
-        """Raises APIError for a request that may not come in."""
+        """Raises APIError for a request that is not let in."""
         if self.closed:
             message = "the server is shutting down"
             raise APIError(503, message, code="shutting_down", headers={"Connection": "close", "Retry-After": "1"})
@@ -58,31 +58,31 @@ class Door:
     def too_large(self) -> APIError:
         return APIError(413, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
 
-    def turn_out(self) -> None:
-        """Ends what is inside, each with an error that says so."""
-        for request in list(self.inside):
+    def cancel_all(self) -> None:
+        """Ends what runs, each with an error that says why."""
+        for request in list(self.running):
             request.cancel()
 
 
-class Guard:
+class AdmissionMiddleware:
     """ASGI middleware around /v1: lets requests in, bounds size and time, answers where the app cannot any more."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
-        self._door = door
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            await _Visit(self._door, scope, receive, send).run(self._app)
+            await _Exchange(self._admission, scope, receive, send).run(self._app)
         else:
             await self._app(scope, receive, send)
 
 
-class _Visit:
-    """One request."""
+class _Exchange:
+    """A request and its response."""
 
-    def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send) -> None:
-        self._door, self._scope, self._receive, self._send = door, scope, receive, send
+    def __init__(self, admission: Admission, scope: Scope, receive: Receive, send: Send) -> None:
+        self._admission, self._scope, self._receive, self._send = admission, scope, receive, send
         self._num_bytes = 0  # received
         self._status: int | None = None  # sent
         self._is_stream = False
@@ -93,17 +93,17 @@ class _Visit:
         if error is not None:
             with anyio.move_on_after(_LAST_WORDS_SECONDS):
                 await self._explain(error)
-        self._door.metrics.requests.labels(self._outcome(error)).inc()
+        self._admission.metrics.requests.labels(self._outcome(error)).inc()
 
     async def _enter(self, app: ASGIApp) -> APIError | None:
         try:
-            self._door.check(self._scope)
-            with anyio.move_on_after(self._door.timeout) as request:
-                self._door.inside.add(request)
+            self._admission.check(self._scope)
+            with anyio.move_on_after(self._admission.timeout) as request:
+                self._admission.running.add(request)
                 try:
                     await app(self._scope, self.receive, self.send)
                 finally:
-                    self._door.inside.discard(request)
+                    self._admission.running.discard(request)
         except APIError as error:
             return error
         except EngineFailedError:
@@ -113,15 +113,15 @@ class _Visit:
             return APIError(500, "internal error; the server's log says which", code="internal_error")
         if not request.cancelled_caught:
             return None
-        if self._door.closed:
+        if self._admission.closed:
             return APIError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
-        return APIError(504, f"not finished within {self._door.timeout:g} s", code="timeout")
+        return APIError(504, f"not finished within {self._admission.timeout:g} s", code="timeout")
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._door.max_body_bytes:
-            raise self._door.too_large
+        if self._num_bytes > self._admission.max_body_bytes:
+            raise self._admission.too_large
         return message
 
     async def send(self, message: Message) -> None:

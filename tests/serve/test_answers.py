@@ -33,8 +33,10 @@ def chat(**options: Any) -> Generation:
 
 
 def test_chat(serving: Serving) -> None:
-    answer = serving.client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, **SAMPLED)
-    expected = chat(max_new_tokens=20, **SAMPLED)
+    options = {"model": "tiny", "messages": QUESTION, "max_tokens": 20, **SAMPLED}
+    answer = serving.client.chat.completions.create(**options, extra_body={"top_k": 7})
+    expected = chat(max_new_tokens=20, top_k=7, **SAMPLED)
+    assert expected.text != chat(max_new_tokens=20, **SAMPLED).text
     [choice] = answer.choices
     assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
     assert choice.finish_reason == {"eos": "stop", "length": "length"}[expected.finish_reason]

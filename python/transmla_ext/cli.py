@@ -344,7 +344,9 @@ def serve(
     try:
         from .serve import serve as run
     except ModuleNotFoundError as error:
-        raise TransMLAError(f"serve needs {error.name}: pip install 'transmla_ext[serve]'") from error
+        if error.name not in ("anyio", "fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"):
+            raise
+        raise ValueError(f"serve needs {error.name}: pip install 'transmla_ext[serve]'") from None
     run(
         model,
         host=host,

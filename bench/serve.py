@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="[default: 60]")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer [default: 128]")
     parser.add_argument("--prompt-chars", type=int, default=200, metavar="N", help="[default: 200]")
-    parser.add_argument("--cache-tokens", type=int, default=16384, metavar="N", help="[default: 16384]")
+    parser.add_argument("--cache-tokens", type=int, default=8192, metavar="N", help="[default: 8192]")
     parser.add_argument("--dtype", default="float32", help="[default: float32, where ties are rare]")
     parser.add_argument("--json", type=Path, help="where the figures go, too")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..config import MLAConfig
 from ..models.functional import equal_head_dims, rotate_pairs
 from .cache import StepTables
 
-__all__ = ["PagedAttention", "Piece", "Step"]
+__all__ = ["PagedAttention", "Piece", "Step", "cut_pieces"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,39 @@ class Step:
     latent_caches: Sequence[Tensor]  # by layer
     cos_sin: Sequence[Tensor]  # by layer, [max_position, qk_rope_head_dim], fp32: cosines, then sines
     batch_invariant: bool  # ops.mla_decode's, for one new token each
+
+
+def cut_pieces(
+    num_new: Sequence[int],
+    seqlens: Sequence[int],
+    block_table: Tensor,
+    block_size: int,
+    sliding_windows: Collection[int] | None,
+) -> list[Piece]:
+    """The pieces of a packed prefill step, in order.
+
+    Args:
+        num_new, seqlens: of each sequence, new tokens and tokens in the cache, the new ones included.
+        block_table: [batch_size, max_blocks], int32.
+        sliding_windows: of the layers, where they need masks; None: ops.mla_prefill attends.
+    """
+    pieces = []
+    start = 0
+    for num, seqlen, blocks in zip(num_new, seqlens, block_table, strict=True):
+        masks = None
+        if sliding_windows is not None:
+            masks = {window: _mask(num, seqlen, window, block_table.device) for window in sliding_windows}
+        pieces.append(Piece(slice(start, start + num), seqlen, blocks[: -(-seqlen // block_size)], masks))
+        start += num
+    return pieces
+
+
+def _mask(num: int, seqlen: int, window: int, device: torch.device) -> Tensor | None:
+    """Which tokens the last num of a sequence see: [num, seqlen], bool; None if that is just causal."""
+    if num == seqlen and not 0 < window < seqlen:
+        return None
+    mask = torch.ones(num, seqlen, dtype=torch.bool, device=device).tril(seqlen - num)
+    return mask.triu(seqlen - num - window + 1) if window else mask
 
 
 class PagedAttention(nn.Module):

@@ -16,7 +16,7 @@ from ..checkpoint import load_transformers
 from ..config import MLAConfig
 from ..errors import CheckpointError, UnsupportedModelError
 from ..models import base_model_type
-from .attention import PagedAttention, Piece, Step
+from .attention import PagedAttention, Step, cut_pieces
 from .cache import CachedSequence, PagedLatentCache
 from .generate import Generation, Request, Sampling, TextStream, TokenScores, run
 from .modules import replace_modules
@@ -373,7 +373,11 @@ class MLAModel:
         num_new = [len(prompt) for prompt in prompts]
         tables = self.cache.append(sequences, num_new)
         cos_sin = self._rope_tables(max(sequence.length for sequence in sequences))
-        pieces = self._pieces(sequences, num_new, tables.block_table) if max(num_new) > 1 else None
+        pieces = None
+        if max(num_new) > 1:
+            seqlens = [sequence.length for sequence in sequences]
+            windows = None if self._prefills_fused else self._windows
+            pieces = cut_pieces(num_new, seqlens, tables.block_table, self.cache.block_size, windows)
         step = Step(tables, pieces, self.cache.layers, cos_sin, batch_invariant)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         hidden = self._decoder.embed_tokens(tokens).unsqueeze(0)
@@ -381,25 +385,6 @@ class MLAModel:
         for layer in self._decoder.layers:
             hidden = layer(hidden, step=step)
         return list(hidden[0].split(num_new))
-
-    def _pieces(self, sequences: Sequence[CachedSequence], num_new: Sequence[int], block_table: Tensor) -> list[Piece]:
-        pieces = []
-        start = 0
-        for sequence, num, blocks in zip(sequences, num_new, block_table, strict=True):
-            blocks = blocks[: -(-sequence.length // self.cache.block_size)]
-            masks = None
-            if not self._prefills_fused:
-                masks = {window: self._mask(num, sequence.length, window) for window in self._windows}
-            pieces.append(Piece(slice(start, start + num), sequence.length, blocks, masks))
-            start += num
-        return pieces
-
-    def _mask(self, num: int, seqlen: int, window: int) -> Tensor | None:
-        """Which tokens the last num of a sequence see: [num, seqlen], bool; None if that is just causal."""
-        if num == seqlen and not 0 < window < seqlen:
-            return None
-        mask = torch.ones(num, seqlen, dtype=torch.bool, device=self.device).tril(seqlen - num)
-        return mask.triu(seqlen - num - window + 1) if window else mask
 
     def _rope_tables(self, num_positions: int) -> list[Tensor]:
         """Cosines and sines of every layer's slots, for at least so many positions."""

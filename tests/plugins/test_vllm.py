@@ -30,8 +30,7 @@ EAGER = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
 # Small enough that prompts are cut, run beside decoding sequences and lie on many pages.
 CUT = {"max_num_batched_tokens": 16, "block_size": 16}
 NEW = 24
-
-Check = Callable[..., None]
+PROMPTS = [torch.randint(2, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 50, 7, 33, 18)]
 
 
 @pytest.fixture
@@ -55,11 +54,6 @@ def convert(model: Path, out: Path, **options: Any) -> Path:
     small = {"calibration_tokens": 1024, "sequence_length": 128, "refine_steps": 2, "progress": False}
     transmla_ext.convert(model, out, **small | options)
     return out
-
-
-def ragged(vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(2, vocab_size, (n,), generator=generator).tolist() for n in (1, 50, 7, 33, 18)]
 
 
 def check(
@@ -86,9 +80,8 @@ def check(
 def test_native(tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_path: Path, model_type: str) -> None:
     path = convert(tiny_model(model_type, **NATIVE[model_type]), tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8)
     llm = serve(path, **EAGER, **CUT)
-    prompts = ragged(300)
-    check(llm, prompts, path)
-    check(llm, prompts, path)  # from the pages that the first time left
+    check(llm, PROMPTS, path)
+    check(llm, PROMPTS, path)  # from the pages that the first time left
 
 
 def test_native_as_users_run_it(
@@ -102,24 +95,24 @@ def test_native_as_users_run_it(
     path = convert(tiny_model("llama"), tmp_path / "out", kv_lora_rank="auto", cache_bytes=2 * 4 * 36)
     shapes = json.loads((path / "config.json").read_text())["mla"]
     assert shapes[0]["kv_lora_rank"] != shapes[1]["kv_lora_rank"]
-    check(serve(path), ragged(300), path)
+    check(serve(path), PROMPTS, path)
 
 
 def test_native_when_the_cache_is_too_small_for_all(
     tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_path: Path
 ) -> None:
     path = convert(tiny_model("llama"), tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8, q_lora_rank=48)
-    tokens = torch.randint(2, 300, (5, 15), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = torch.randint(2, 300, (5, 15), generator=torch.Generator().manual_seed(3)).tolist()
     small = {"max_model_len": 64, "block_size": 16, "num_gpu_blocks_override": 9}  # 15 pages would be wanted
     llm = serve(path, **EAGER, **small, disable_log_stats=False)
-    check(llm, tokens, path)
+    check(llm, prompts, path)
     (preemptions,) = (metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     assert preemptions > 0
 
 
 def test_native_in_bf16(tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_path: Path) -> None:
     path = convert(tiny_model("llama"), tmp_path / "out", kv_lora_rank=24, qk_rope_head_dim=8, dtype="bfloat16")
-    check(serve(path, **EAGER, dtype="bfloat16"), ragged(300), path, torch.bfloat16, atol=0.1)
+    check(serve(path, **EAGER, dtype="bfloat16"), PROMPTS, path, torch.bfloat16, atol=0.1)
 
 
 @pytest.mark.parametrize(("q_lora_rank", "options"), [(None, EAGER), (96, {})], ids=["eager", "compiled-q-lora"])
@@ -132,7 +125,7 @@ def test_stock(
 ) -> None:
     ranks = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "q_lora_rank": q_lora_rank}
     path = convert(tiny_model("llama", **ENGINE), tmp_path / "out", format="deepseek_v3", **ranks)
-    check(serve(path, **options), ragged(300), path)
+    check(serve(path, **options), PROMPTS, path)
 
 
 def test_stock_experts(tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_path: Path) -> None:
@@ -142,7 +135,7 @@ def test_stock_experts(tiny_model: Callable[..., Path], serve: Callable[..., LLM
         convert(model, tmp_path / format, kv_lora_rank=128, qk_rope_head_dim=64, format=format)
         for format in ("deepseek_v2", "transmla")
     )
-    check(serve(stock, **EAGER), ragged(300), native)
+    check(serve(stock, **EAGER), PROMPTS, native)
 
 
 @pytest.mark.parametrize("format", ["transmla", "deepseek_v3"])

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
-from ...architectures import Architecture, family
+from ...architectures import family
 from ...checkpoint import skeleton
 from ...config import MLAConfig
 from ...errors import CheckpointError, UnsupportedModelError
@@ -106,8 +106,7 @@ def _rope_tables(
 
 def _published(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """A tensor under the names of published checkpoints, which vLLM loads; native ones have transformers' names."""
-    architecture: Architecture = family(base_model_type(config.model_type) or config.model_type)
-    stored = architecture.stored(name, config)
+    stored = family(base_model_type(config.model_type) or config.model_type).stored(name, config)
     if isinstance(stored, str):
         yield stored, tensor
         return

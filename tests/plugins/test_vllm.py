@@ -84,6 +84,7 @@ def test_native(tiny_model: Callable[..., Path], serve: Callable[..., LLM], tmp_
     check(llm, PROMPTS, path)  # from the pages that the first time left
 
 
+@pytest.mark.slow
 def test_native_as_users_run_it(
     tiny_model: Callable[..., Path],
     serve: Callable[..., LLM],
@@ -138,6 +139,7 @@ def test_stock_experts(tiny_model: Callable[..., Path], serve: Callable[..., LLM
     check(serve(stock, **EAGER), PROMPTS, native)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["transmla", "deepseek_v3"])
 def test_smollm2(smollm2: Path, topics_text: Any, serve: Callable[..., LLM], tmp_path: Path, format: str) -> None:
     path = convert(smollm2, tmp_path / "out", kv_lora_rank=320, qk_rope_head_dim=64, refine_steps=0, format=format)

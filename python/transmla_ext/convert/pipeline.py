@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from .calibrate import (
     calibration_tokens,
     run_layer,
 )
-from .export import check_stock
+from .export import write_model
 from .job import ConversionOptions, Job, candidate_freqfolds, check_disk
 from .layer import MLALayer, build_layer, truncated
 from .low_rank import joint_latent, leading_basis
@@ -50,7 +49,7 @@ from .rope_split import RopeSplit, rope_slots, split_rope
 if TYPE_CHECKING:
     from ..models import MLAAttention
 
-__all__ = ["convert", "dry_run"]
+__all__ = ["convert", "dry_run", "progress_bars"]
 
 _ALLOCATION = "layer-shapes.json"
 _SURVEY_TOKENS = 8192  # to measure on what a layer would gain by more cache
@@ -115,7 +114,7 @@ def convert(
         raise ValueError(f"output directory {out_path} holds the model itself, which would be lost; choose another")
     check_disk(out_path, job.plan.output_bytes)
     tokens = calibration_tokens(calibration, job.source.tokenizer(), job.num_tokens, job.sequence_length, test)
-    with _progress(progress and group.is_first()) as bar:
+    with progress_bars(progress and group.is_first()) as bar:
         if not group.is_first():
             report = _solve(job, tokens, None, bar)
         else:
@@ -399,51 +398,13 @@ def _layer_config(stage: Staging, index: int) -> MLAConfig:
 
 
 def _export(job: Job, report: ConversionReport, stage: Staging, bar: Progress) -> None:
-    """Writes the model from the original's other tensors and the staged layers; config.json comes last."""
-    source, export = job.source, job.export
-    groups = _tensor_groups(source, job.plan.num_layers)
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for number, (index, names) in enumerate(bar.track(groups, description="Writing"), start=1):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensors |= export.other(name, source.tensor(name))
-        if index is not None:
-            weights = stage.read_tensors(_layer_tensors(index))
-            for name, tensor in export.attention(_layer_config(stage, index), weights).items():
-                tensors[f"model.layers.{index}.self_attn.{name}"] = tensor
-        tensors = {name: tensor.to(job.export.dtype) for name, tensor in tensors.items()}
-        shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        stage.write_tensors(shard, tensors)
-        weight_map |= dict.fromkeys(tensors, shard)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-
-    config = export.config([_layer_config(stage, index) for index in range(job.plan.num_layers)])
-    if job.plan.format != "transmla":
-        check_stock(weight_map, config)
-    stage.write_json("model.safetensors.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    source.tokenizer().save_pretrained(stage.path)
-    generation_config = source.path / "generation_config.json"  # many a chat model's ends of a turn are only there
-    if generation_config.is_file():
-        shutil.copyfile(generation_config, stage.path / generation_config.name)
+    """Writes the reports, and the model from the original's other tensors and the staged layers."""
     stage.write_json("conversion_report.json", report.to_dict())
     (stage.path / "conversion_report.txt").write_text(str(report))
     report.save_picture(stage.path / "conversion_report.png")
+    layers = [_layer_config(stage, index) for index in range(job.plan.num_layers)]
+    write_model(stage, job.source, job.export, layers, lambda index: stage.read_tensors(_layer_tensors(index)), bar)
     stage.remove("layer-*")
-    stage.write_json("config.json", config)
-
-
-def _tensor_groups(source: Checkpoint, num_layers: int) -> list[tuple[int | None, list[str]]]:
-    """The original's tensors by output shard, attention left out: (None, those of no layer), then (layer, its own)."""
-    names = list(source.expected)
-    groups: list[tuple[int | None, list[str]]] = [
-        (None, [name for name in names if not name.startswith("model.layers.")])
-    ]
-    for index in range(num_layers):
-        prefix = f"model.layers.{index}."
-        own = [name for name in names if name.startswith(prefix) and not name.startswith(prefix + "self_attn.")]
-        groups.append((index, own))
-    return groups
 
 
 def _check_weights(source: Checkpoint, bar: Progress) -> None:
@@ -454,7 +415,7 @@ def _check_weights(source: Checkpoint, bar: Progress) -> None:
 
 
 @contextmanager
-def _progress(show: bool) -> Iterator[Progress]:
+def progress_bars(show: bool) -> Iterator[Progress]:
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not show) as bar:
         yield bar

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-__all__ = ["ConversionPlan", "ConversionReport", "LayerReport"]
+__all__ = ["ConversionPlan", "ConversionReport", "LayerReport", "plain", "table_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ConversionPlan:
         return 1 - self.cache_bytes_after / self.cache_bytes_before
 
     def table(self) -> RenderableType:
-        table = _table(f"{self.model} → MLA ({self.method}, format {self.format}, {self.dtype})")
+        table = table_of(f"{self.model} → MLA ({self.method}, format {self.format}, {self.dtype})")
         for key, value in self.attention.items():
             table.add_row(key, f"{value}")
         for key, converted in self.mla.items():
@@ -55,7 +55,7 @@ class ConversionPlan:
         return table
 
     def __str__(self) -> str:
-        return _plain(self.table())
+        return plain(self.table())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class ConversionReport:
         return {**values, "excess_nats": self.excess_nats}
 
     def table(self) -> RenderableType:
-        table = _table(f"{self.plan.model} → MLA ({self.plan.method}, format {self.plan.format})")
+        table = table_of(f"{self.plan.model} → MLA ({self.plan.method}, format {self.plan.format})")
         errors = [layer.attention_error for layer in self.layers]
         worst = max(range(len(errors)), key=errors.__getitem__)
         table.add_row("cache bytes per token", f"{self.plan.cache_bytes_before:,} → {self.plan.cache_bytes_after:,}")
@@ -120,7 +120,7 @@ class ConversionReport:
         return table
 
     def __str__(self) -> str:
-        return _plain(self.table())
+        return plain(self.table())
 
     def save_picture(self, path: Path) -> None:
         """A PNG: energy kept and attention-output error, layer by layer."""
@@ -155,14 +155,14 @@ def _mean(layers: list[LayerReport], name: str) -> float:
     return float(sum(getattr(layer, name) for layer in layers) / len(layers))
 
 
-def _table(title: str) -> Table:
+def table_of(title: str) -> Table:
     table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     return table
 
 
-def _plain(renderable: RenderableType) -> str:
+def plain(renderable: RenderableType) -> str:
     console = Console(width=100, color_system=None)
     with console.capture() as capture:
         console.print(renderable)

@@ -32,12 +32,13 @@ PYTHON_ROOMS = {
     "models": {"architectures", "checkpoint", "config", "errors", "ops"},
     "text": set(),
     "convert": {"architectures", "checkpoint", "config", "errors", "models", "ops", "text"},
+    "heal": {"architectures", "checkpoint", "config", "convert", "errors", "models", "text"},
     "runtime": {"_lib", "architectures", "checkpoint", "config", "errors", "models", "ops"},
     "evaluate": {"checkpoint", "errors", "models", "runtime", "text"},
     "serve": {"errors", "runtime"},
     "plugins": {"architectures", "checkpoint", "config", "errors", "models", "runtime"},
     "capacity": {"architectures", "checkpoint", "config", "models"},
-    "cli": {"architectures", "capacity", "convert", "env", "errors", "evaluate", "runtime", "serve"},
+    "cli": {"architectures", "capacity", "convert", "env", "errors", "evaluate", "heal", "runtime", "serve"},
     "__main__": {"cli"},
 }
 

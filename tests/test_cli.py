@@ -131,6 +131,7 @@ def test_env_names_versions_and_kernels(run: Callable[..., Result]) -> None:
         ("convert", "free]"),
         ("compare", "convert's]"),
         ("eval", "checkpoint's]"),
+        ("heal", "preset's]"),
         ("generate", "checkpoint's]"),
         ("serve", "needed]"),
         ("plan", "%]"),

@@ -12,6 +12,7 @@ from .capacity import plan
 from .config import MLAConfig
 from .convert import convert
 from .evaluate import evaluate
+from .heal import heal
 from .models import register
 from .runtime import Engine, load
 
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "get_cmake_dir",
     "get_include",
+    "heal",
     "load",
     "ops",
     "plan",

@@ -1,4 +1,4 @@
-"""The command line: transmla models, plan, convert, compare, eval, generate, serve, env."""
+"""The command line: transmla models, plan, convert, compare, heal, eval, generate, serve, env."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +34,27 @@ class FormatName(str, Enum):
 class MethodName(str, Enum):
     auto = "auto"
     transmla = "transmla"
+
+
+class PresetName(str, Enum):
+    small = "small"
+    paper = "paper"
+
+
+class ScheduleName(str, Enum):
+    cosine = "cosine"
+    constant = "constant"
+
+
+class TrainableName(str, Enum):
+    all = "all"
+    attention = "attention"
+    mla = "mla"
+
+
+class ComputeDTypeName(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 class DTypeName(str, Enum):
@@ -276,6 +297,112 @@ def evaluate(
     console.print(evaluation.table())
     if out is not None:
         console.print(f"written to {out}", highlight=False)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  transmla heal out/ SmolLM2-135M-Instruct.Q4_1.gguf healed/ --text manual.txt\n\n"
+    "  transmla heal out/ Llama-2-7b-hf healed/ --text HuggingFaceFW/fineweb-edu --tokens 100000000 --device cuda\n\n"
+    "  torchrun --nproc-per-node 8 -m transmla_ext heal out/ Llama-2-7b-hf healed/ --preset paper --device cuda \\\n\n"
+    '      --training-arguments fsdp.json   # {"fsdp": true, "save_steps": 500}, or {"deepspeed": "zero2.json"}'
+)
+def heal(
+    model: Annotated[Path, typer.Argument(help="A converted model in the native format.")],
+    teacher: Annotated[Path, typer.Argument(help="What it was converted from, or another with its vocabulary.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; appears when it is complete.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text file or `datasets` name to train on. \\[default: text that comes with Python]"),
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Text to judge by, likewise. \\[default: the beginning of the text]")
+    ] = None,
+    preset: Annotated[
+        PresetName, typer.Option(help="Small, for a CPU or a first look, or the TransMLA paper's.")
+    ] = PresetName.small,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. \\[default: the preset's]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence. \\[default: the preset's]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences that a process computes at once. \\[default: the preset's]")
+    ] = None,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches before each step.")] = 1,
+    learning_rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Peak of each stage, repeated for several. \\[default: the preset's]"),
+    ] = None,
+    schedule: Annotated[
+        ScheduleName | None, typer.Option(help="Of the rate, after a warm-up. \\[default: the preset's]")
+    ] = None,
+    trainable: Annotated[
+        TrainableName | None,
+        typer.Option(help="All weights, the attention, or MLA's factors. \\[default: the preset's]"),
+    ] = None,
+    kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher in the loss.")] = 1.0,
+    ce_weight: Annotated[float, typer.Option(help="Of the text's cross-entropy in the loss.")] = 0.1,
+    dtype: Annotated[
+        ComputeDTypeName | None, typer.Option(help="To multiply matrices in. \\[default: bfloat16, float32 on a CPU]")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+    ] = False,
+    teacher_top_k: Annotated[
+        int | None, typer.Option(help="Compute the teacher's likeliest tokens once, and keep so many on disk.")
+    ] = None,
+    format: OutputFormat = FormatName.transmla,
+    seed: Annotated[int, typer.Option(help="Of the order of the sequences.")] = 0,
+    device: Device = "cpu",
+    training_arguments: Annotated[
+        Path | None, typer.Option(help="JSON file of others of transformers.TrainingArguments: fsdp, deepspeed, ...")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output directory.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a converted model to predict what the original predicts. A killed run resumes by the same command."""
+    from .convert import group
+    from .heal import heal as run
+
+    with group.joined():
+        report = run(
+            model,
+            teacher,
+            out,
+            text=text,
+            test=test,
+            preset=preset.value,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            learning_rate=learning_rate,
+            schedule=schedule.value if schedule else None,
+            trainable=trainable.value if trainable else None,
+            kl_weight=kl_weight,
+            ce_weight=ce_weight,
+            dtype=dtype.value if dtype else None,
+            gradient_checkpointing=gradient_checkpointing,
+            teacher_top_k=teacher_top_k,
+            format=format.value,
+            seed=seed,
+            device=device,
+            training_arguments=_json_object(training_arguments) if training_arguments else None,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+        if not group.is_first():
+            return
+    console = Console()
+    console.print(report.table())
+    console.print(f"written to {out}; try: transmla generate {out} 'Once upon a time'", highlight=False)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no readable JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object, which is what TrainingArguments are read from")
+    return value
 
 
 @app.command(epilog="Example:\n\n  transmla generate out/ 'The capital of France is' --max-new-tokens 32")

@@ -21,6 +21,10 @@ __all__ = ["output_error", "refine"]
 # (0.082), with inputs and latents whitened 0.126 (0.167); 400 steps: 0.072 (0.071).
 _LEARNING_RATE = 0.005
 _STEP_TOKENS = 512
+# All later tokens lean on the first one, whose hidden state is a hundred times as large as theirs, and its attention
+# output, that of a single token, is seen once a sequence. -87.5 %, layers 0 to 2, 200 steps: 0.077 (0.094) at weight
+# 1, 0.077 (0.083) at 8, 0.081 (0.085) at 30.
+_FIRST_TOKEN_WEIGHT = 8
 _CHECKS = 5  # of the held-out error; the best weights seen are kept, and two checks without progress end the run
 
 
@@ -84,7 +88,8 @@ def refine(
         if own:
             x, y = (torch.stack(part) for part in zip(*own, strict=True))
             actual, _ = attention(hidden_states=x, **inputs)
-            loss = (actual - y).square().mean(dim=(1, 2)).sum() / (batch_size * energy)
+            errors = (actual - y).square().mean(dim=2).sum(dim=0)
+            loss = (errors.sum() + (_FIRST_TOKEN_WEIGHT - 1) * errors[0]) / (len(errors) * batch_size * energy)
             loss.backward()
         group.add_up_(*(p.grad for p in parameters))
         optimizer.step()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -91,7 +92,10 @@ def serve(
         raise ValueError(f"grace_period must be at least 0, got {grace_period}")
     listener = _bind(host, port)
     with listener:
-        model = load(path, dtype=dtype, device=device, max_tokens=cache_tokens)
+        # In a thread that ends: GNU's OpenMP keeps a pool for each thread that has computed, and with this one's and the
+        # engine's there would be more than cores, which then sleep and wake at every op instead of spinning.
+        with ThreadPoolExecutor(1) as loader:
+            model = loader.submit(load, path, dtype=dtype, device=device, max_tokens=cache_tokens).result()
         engine = Engine(
             model,
             max_batch_size=max_batch_size,

@@ -92,8 +92,8 @@ def serve(
         raise ValueError(f"grace_period must be at least 0, got {grace_period}")
     listener = _bind(host, port)
     with listener:
-        # In a thread that ends: GNU's OpenMP keeps a pool for each thread that has computed, and with this one's and the
-        # engine's there would be more than cores, which then sleep and wake at every op instead of spinning.
+        # In a thread that ends: GNU's OpenMP keeps a pool for each thread that has computed. With this one's beside the
+        # engine's it would have more threads than cores, and let them sleep and wake at every op instead of spinning.
         with ThreadPoolExecutor(1) as loader:
             model = loader.submit(load, path, dtype=dtype, device=device, max_tokens=cache_tokens).result()
         engine = Engine(

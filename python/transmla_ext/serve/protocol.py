@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -135,9 +136,9 @@ class GenerationRequest(_Fields):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to list beside each token; None: no log probabilities at all."""
-        raise NotImplementedError
 
     @property
     def includes_usage(self) -> bool:

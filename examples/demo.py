@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the converted model and the picture")
     parser.add_argument("--kv-lora-rank", type=int, default=88)
     parser.add_argument("--qk-rope-head-dim", type=int, default=32)
-    parser.add_argument("--refine-steps", type=int, default=160, help="fewer than convert()'s default, to be quick")
+    parser.add_argument("--refine-steps", type=int, default=80, help="fewer than convert()'s default, to be quick")
     arguments = parser.parse_args()
 
     console = Console()

@@ -125,8 +125,10 @@ def convert(
     ] = MethodName.auto,
     freqfold: Annotated[str, typer.Option(help="RoPE frequencies folded into one, or 'auto'.")] = "auto",
     refine_steps: Annotated[
-        int | None, typer.Option(help="Training steps of each layer. \\[default: 400; none with method transmla]")
+        int | None,
+        typer.Option(help="Training steps of each layer and window. \\[default: 250; none with method transmla]"),
     ] = None,
+    refine_window: Annotated[int, typer.Option(help="Layers refined together; fewer take less memory.")] = 6,
     seed: Seed = 0,
     calibration: Calibration = None,
     test: Annotated[
@@ -161,6 +163,7 @@ def convert(
         method=method.value,
         freqfold=_int_or(freqfold, ("auto",), "--freqfold"),  # type: ignore[typeddict-item]
         refine_steps=refine_steps,
+        refine_window=refine_window,
         seed=seed,
         calibration_tokens=calibration_tokens,
         sequence_length=sequence_length,
@@ -197,12 +200,12 @@ def convert(
 )
 def compare(
     model: Source,
-    out: Annotated[Path, typer.Argument(help="Directory to write: compare.{json,md,png} and the four models.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write: compare.{json,md,png} and the models.")],
     kv_lora_rank: Annotated[int, typer.Option(help="Numbers of the latent per token.")] = 512,
     qk_rope_head_dim: RopeDim = None,
     format: OutputFormat = FormatName.transmla,
     refine_steps: Annotated[
-        int | None, typer.Option(help="Training steps of each layer, where refined. \\[default: convert's]")
+        int | None, typer.Option(help="Training steps of each layer and window, where refined. \\[default: convert's]")
     ] = None,
     seed: Seed = 0,
     calibration: Calibration = None,

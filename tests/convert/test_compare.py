@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "progress": False,
 }
 MODEL = {"max_position_embeddings": 640}  # room to recall something over 512 tokens
-DIRECTORIES = ["transmla", "transmla-refined", "auto-closed-form", "auto"]
+DIRECTORIES = ["transmla", "transmla-refined", "auto-closed-form", "auto-alone", "auto"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,8 +58,9 @@ def test_variants_are_what_their_reports_say(compared: tuple[Path, Comparison]) 
 def test_each_ingredient_is_in_the_variant_named_for_it(compared: tuple[Path, Comparison]) -> None:
     out, _ = compared
     plans = [json.loads((out / name / "conversion_report.json").read_text())["plan"] for name in DIRECTORIES]
-    made_by = [(plan["method"], plan["refine_steps"]) for plan in plans]
-    assert made_by == [("transmla", 0), ("transmla", 2), ("auto", 0), ("auto", 2)]
+    made_by = [(plan["method"], plan["refine_steps"], plan["refine_window"] > 1) for plan in plans]
+    expected = [("transmla", 0, True), ("transmla", 2, True), ("auto", 0, True), ("auto", 2, False), ("auto", 2, True)]
+    assert made_by == expected
     assert len(plans[0]["freqfold"]) > 1
 
 
@@ -71,7 +72,7 @@ def test_markdown_and_table_hold_every_variant_and_how_to_have_it_again(compared
         assert option in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
-    assert len(rows) == 2 + comparison.table().row_count == 2 + 5
+    assert len(rows) == 2 + comparison.table().row_count == 3 + len(DIRECTORIES)
     for row, variant in zip(rows[2:], comparison.variants, strict=True):
         assert row.startswith(f"| {variant.name} | {variant.perplexity:.2f} | {variant.excess_nats:.3f} |")
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -142,7 +143,7 @@ def test_a_killed_comparison_does_not_repeat_what_is_finished(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     whole = compared[1].variants
     assert [replace(variant, seconds=None) for variant in resumed.variants] == [replace(v, seconds=None) for v in whole]
-    assert [variant.seconds is None for variant in resumed.variants] == [True, False, False, True, False]
+    assert [variant.seconds is None for variant in resumed.variants] == [True, False, False, True, False, False]
     assert "| resumed |" in (out / "compare.md").read_text()
 
 

@@ -150,7 +150,7 @@ def test_freqfold_auto_takes_each_layers_best(tiny_llama: Callable[..., Path], t
     assert len(fixed) > 1
     for index, layer in enumerate(convert(model, tmp_path / "auto", **options).layers):
         best = min((layers[index] for layers in fixed.values()), key=lambda layer: layer.attention_error)
-        assert layer == best
+        assert (layer.freqfold, layer.attention_error) == (best.freqfold, best.attention_error)
 
 
 def test_report_holds_what_the_model_does(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -216,17 +216,17 @@ def same_directories(a: Path, b: Path) -> bool:
 
 
 def test_killed_conversion_resumes_to_the_same_bytes(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    model = tiny_llama(num_hidden_layers=6)
+    model = tiny_llama(num_hidden_layers=8)  # two windows
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(model, whole).wait() == 0
     partial = tmp_path / "killed.partial"
-    for layers_done in (1, 3, 5):
+    for layers_done in (1, 6, 11):
         process = start(model, killed)
         while process.poll() is None and len(list(partial.glob("layer-*.json"))) < layers_done:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.01))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"finished before layer {layers_done}: nothing was interrupted"
+        assert process.wait() == -signal.SIGKILL, f"finished before {layers_done} files: nothing was interrupted"
         assert not killed.exists()
         assert not (partial / "config.json").exists()
         with pytest.raises(transmla_ext.errors.TransMLAError, match="unfinished"):
@@ -271,7 +271,7 @@ def test_overwrite_replaces_the_whole_directory(tiny_llama: Callable[..., Path],
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """Layers of 11 MB each: twelve more of them held at once would show as 130 MB."""
+    """Layers of 11 MB each: two more windows of them held at once would show as 130 MB."""
 
     def peak(layers: int) -> int:
         shape = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 1}
@@ -280,4 +280,4 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tiny_llama: Callabl
         assert process.returncode == 0
         return int(printed.split()[1]) * 1024
 
-    assert peak(20) < peak(8) + 40e6
+    assert peak(18) < peak(6) + 40e6

@@ -22,7 +22,8 @@ SCRIPT = """
 import re, sys, transmla_ext
 model, out, layers, refine_steps = sys.argv[1:]
 transmla_ext.convert(model, out, kv_lora_rank=512, qk_rope_head_dim=64, freqfold=2, layers=int(layers),
-                     calibration_tokens=2048, refine_steps=int(refine_steps), progress=False)
+                     calibration_tokens=2048, refine_steps=int(refine_steps), refine_window=1,
+                     progress=False)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
 
@@ -69,7 +70,7 @@ def _write_holes(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 @pytest.mark.slow
 def test_a_7b_model_is_converted_in_less_than_6_gb_and_refined_in_less_than_8(llama2_7b: Path, tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in llama2_7b.glob("*.safetensors")) > 13e9
-    options = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    options = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "refine_window": 1}
     for refine_steps, limit in ((0, 6e9), (1, 8e9)):
         out = tmp_path / f"out-{refine_steps}"
         arguments = [str(llama2_7b), str(out), str(LAYERS), str(refine_steps)]

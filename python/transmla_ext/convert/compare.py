@@ -18,17 +18,18 @@ from ..checkpoint import open_checkpoint, staging
 from ..text import TextSource, split_text
 from .calibrate import calibration_tokens as read_tokens
 from .export import Format
-from .job import ConversionOptions, Method, check_disk
+from .job import ConversionOptions, check_disk
 from .pipeline import convert, dry_run
 
 __all__ = ["Comparison", "Variant", "compare"]
 
-# Directory: what it is called, its method, and whether it is refined.
-_VARIANTS: dict[str, tuple[str, Method, bool]] = {
-    "transmla": ("TransMLA", "transmla", False),
-    "transmla-refined": ("TransMLA's bases + refinement", "transmla", True),
-    "auto-closed-form": ("query- and W_O-aware bases", "auto", False),
-    "auto": ("… + refinement (auto)", "auto", True),
+# Directory: what it is called, its method, and what its conversion has that is otherwise than asked for.
+_VARIANTS: dict[str, tuple[str, ConversionOptions]] = {
+    "transmla": ("TransMLA", {"method": "transmla", "refine_steps": 0}),
+    "transmla-refined": ("TransMLA's bases + refinement", {"method": "transmla"}),
+    "auto-closed-form": ("query- and W_O-aware bases", {"refine_steps": 0}),
+    "auto-alone": ("… + each layer refined alone", {"refine_window": 1}),
+    "auto": ("… and layers together (auto)", {}),
 }
 
 
@@ -122,7 +123,7 @@ def compare(
     """Converts a model by TransMLA's method, with each layer's best FreqFold, and by method "auto", with and without
     refinement: all on the same calibration tokens, to the same cache.
 
-    The output directory holds compare.{json,md,png} and the four models. It appears whole or not at all; a killed
+    The output directory holds compare.{json,md,png} and the models. It appears whole or not at all; a killed
     comparison resumes.
 
     Args:
@@ -163,16 +164,14 @@ def compare(
         "tokens": tokens.digest(),
     }
     with staging(out_path, fingerprint, overwrite=False) as stage:
-        for directory, (name, method, refined) in _VARIANTS.items():
+        for directory, (name, its_own) in _VARIANTS.items():
             finished = f".{directory}.json"
             if stage.has(finished):
                 continue
             if progress:
                 print_rich(f"[bold]{name}")
             resumed = (stage.path / f"{directory}.partial").exists()
-            its_options: ConversionOptions = {**options, "method": method}
-            if not refined:
-                its_options["refine_steps"] = 0
+            its_options: ConversionOptions = {**options, **its_own}
             report = convert(
                 model_path,
                 stage.path / directory,

@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 from . import group
 from .calibrate import BATCH_TOKENS
 from .export import Export, Format, NativeExport, StockExport
+from .refine import STEP_TOKENS
 from .report import ConversionPlan
 from .rope_split import freqfolds, rope_slots
 
@@ -25,7 +26,8 @@ __all__ = ["ConversionOptions", "Job", "Method", "candidate_freqfolds", "check_d
 
 Method = Literal["auto", "transmla"]
 
-_REFINE_STEPS = 400
+_REFINE_STEPS = 250
+_REFINE_WINDOW = 6
 _LIBRARIES_BYTES = 700_000_000  # resident with torch and transformers loaded, allocator slack included
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +43,7 @@ class ConversionOptions(TypedDict, total=False):
     method: Method
     freqfold: int | Literal["auto"]
     refine_steps: int | None
+    refine_window: int
     seed: int
     calibration_tokens: int
     sequence_length: int
@@ -79,6 +82,7 @@ class Job:
         method: Method = "auto",
         freqfold: int | Literal["auto"] = "auto",
         refine_steps: int | None = None,
+        refine_window: int = _REFINE_WINDOW,
         seed: int = 0,
         calibration_tokens: int = 32768,
         sequence_length: int = 512,
@@ -103,6 +107,8 @@ class Job:
             )
         if refine_steps is not None and refine_steps < 0:
             raise ValueError(f"refine_steps must be >= 0, got {refine_steps}")
+        if refine_window < 1:
+            raise ValueError(f"refine_window must be >= 1, got {refine_window}")
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         source = open_checkpoint(model_path, num_layers=layers)
@@ -166,6 +172,7 @@ class Job:
             },
             freqfold=folds,
             refine_steps=refine_steps,
+            refine_window=refine_window,
             calibration_tokens=num_train * sequence_length,
             held_out_tokens=num_held_out * sequence_length,
             cache_bytes_before=shape.cache_dim * per_number,
@@ -174,7 +181,8 @@ class Job:
             peak_memory_bytes=_peak_memory(
                 source,
                 shape,
-                target if refine_steps else None,
+                target,
+                min(refine_window, num_layers) if refine_steps else 0,
                 (num_train + 2 * num_held_out) * sequence_length,
                 sequence_length,
             ),
@@ -194,6 +202,12 @@ class Job:
             torch.device(device),
             job_plan,
         )
+
+    def windows(self) -> list[range]:
+        """The layers in order, those together that are refined together, about as many each time."""
+        num_layers = self.plan.num_layers
+        count = -(-num_layers // (self.plan.refine_window if self.plan.refine_steps else 1))
+        return [range(num_layers * i // count, num_layers * (i + 1) // count) for i in range(count)]
 
 
 def _ranks(
@@ -256,29 +270,36 @@ def _output_bytes(source: Checkpoint, export: Export, target: MLAConfig, num_lay
 
 
 def _peak_memory(
-    source: Checkpoint, shape: AttentionShape, refined: MLAConfig | None, num_tokens: int, sequence_length: int
+    source: Checkpoint,
+    shape: AttentionShape,
+    target: MLAConfig,
+    refined_layers: int,
+    num_tokens: int,
+    sequence_length: int,
 ) -> int:
-    """Estimate: the libraries, the streams, and the largest of (a layer being converted, refined, the output head)."""
+    """Estimate: libraries, streams, and the largest of (a layer being converted, a window refined, the output head)."""
     layers = [
         [dims for name, dims in source.shapes.items() if name.startswith(f"model.layers.{index}.")]
         for index in range(source.config.num_hidden_layers)
     ]
     layer_bytes = 4 * max(sum(map(math.prod, dims)) for dims in layers)  # layers without experts are smaller
     moments = 5 * 8 * shape.cache_dim**2  # state, mean, balanced copy; eigenvectors, LAPACK's workspace
-    activations = 4 * BATCH_TOKENS * 2 * (shape.hidden_size + max(dims[-2:][0] for layer in layers for dims in layer))
-    solving = 2 * layer_bytes + moments + activations
+    width = 2 * (shape.hidden_size + max(dims[-2:][0] for layer in layers for dims in layer))
+    solving = 2 * layer_bytes + moments + 4 * BATCH_TOKENS * width
     refining = 0
-    if refined is not None:
+    if refined_layers:
         with torch.device("meta"):
-            weights = sum(w.numel() for w in models.MLAAttention(source.config, refined, layer_idx=0).parameters())
+            weights = sum(w.numel() for w in models.MLAAttention(source.config, target, layer_idx=0).parameters())
         # Weights, the best ones, gradients, Adam's two moments and its step; queries, keys, values and their gradients.
-        head_dims = 2 * (refined.qk_nope_head_dim + refined.qk_rope_head_dim) + refined.v_head_dim
-        refining = layer_bytes + 6 * 4 * weights + 4 * 4 * BATCH_TOKENS * shape.num_heads * head_dims
+        head_dims = 2 * (target.qk_nope_head_dim + target.qk_rope_head_dim) + target.v_head_dim
+        activations = 4 * max(STEP_TOKENS, sequence_length) * (2 * width + shape.num_heads * head_dims)
+        refining = refined_layers * (layer_bytes + 6 * 4 * weights + activations)
+        refining += 4 * BATCH_TOKENS * (width + 2 * shape.num_heads * head_dims)
     vocab_size, hidden_size = source.shapes["model.embed_tokens.weight"]
     # The head, and logits of a sequence with what the loss makes of them.
     head = 4 * vocab_size * (2 * hidden_size + 4 * min(sequence_length, 512))
-    # Both models' hidden states and, while a layer is refined, its inputs and outputs.
-    streams = 4 * num_tokens * shape.hidden_size * (1 if refined is None else 4)
+    # Hidden states: the original's and, where there is refinement, the converted model's before the window and now.
+    streams = 4 * num_tokens * shape.hidden_size * (3 if refined_layers else 1)
     return _LIBRARIES_BYTES + streams + max(solving, refining, head)
 
 

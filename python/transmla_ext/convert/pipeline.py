@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -42,7 +42,7 @@ from .job import ConversionOptions, Job, candidate_freqfolds, check_disk
 from .layer import MLALayer, build_layer, truncated
 from .low_rank import joint_latent, leading_basis
 from .recall import RECALL_STRING, recall_tokens, recalled
-from .refine import output_error, refine
+from .refine import hidden_state_error, refine
 from .report import ConversionPlan, ConversionReport, LayerReport
 from .rope_split import RopeSplit, rope_slots, split_rope
 
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 __all__ = ["convert", "dry_run", "progress_bars"]
 
 _ALLOCATION = "layer-shapes.json"
+# Layers on disk, by how far they are: refined alone, which their window's refinement starts from, and done.
+_ALONE = "layer-alone"
+_FINISHED = "layer"
+Solved = tuple[MLALayer, LayerReport]
 _SURVEY_TOKENS = 8192  # to measure on what a layer would gain by more cache
 _SURVEY_SHARES = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)  # of an average layer's cache
 _RECALL_DISTANCES = {512: 4, 2048: 1}  # tokens: sequences
@@ -90,9 +94,10 @@ def convert(
             and SGLang load.
         method: "transmla" (Meng et al., arXiv 2502.07864), or "auto", the default, whose bases know what reads them:
             keys count by the queries of their heads, values by W_O, and RoPE pairs are rotated as complex numbers.
-        refine_steps: of Adam on each layer after that, 512 calibration tokens each, so that its output is the
-            original's whatever the layers before it lost. Default: 400 with method "auto", none with "transmla" or
-            where nothing is lost.
+        refine_steps: of Adam on each layer after that, and then on each window of layers, 512 calibration tokens a
+            step, so that the hidden states behind them are the original's whatever the layers before them lost.
+            Default: 250 with method "auto", none with "transmla" or where nothing is lost.
+        refine_window: layers refined together, default 6; fewer take less memory and lose more. 1: each alone.
         seed: of the refinement's batches.
         freqfold: adjacent RoPE frequencies treated as one. "auto" (default): the fewest; with method "transmla" each
             layer's best on held-out text.
@@ -156,30 +161,27 @@ def _solve(job: Job, tokens: CalibrationTokens, stage: Staging | None, bar: Prog
     candidates = [uniform] * job.plan.num_layers
     if job.cache_budget is not None:
         candidates = _allocation(job, job.cache_budget, original, tokens, stage, bar)
-    reports = []
-    for index in bar.track(range(job.plan.num_layers), description="Converting layers"):
-        inputs = original.layer_inputs(index, job.sequence_length)
-        layer = original.layer(index)
-        attention = layer.get_submodule("self_attn")
-        done = group.from_first(lambda: _read_layer(stage, index))  # noqa: B023
-        if done is not None:
-            run_layer(layer, train.original, inputs)
-            run_layer(layer, held_out.original, inputs)
-        else:
-            solved = _solve_layer(job, original, index, layer, inputs, train, held_out, candidates[index])
-            done = group.from_first(lambda: solved)  # noqa: B023
-            if stage is not None:
-                _write_layer(stage, index, *done)
-        mla, report = done
-        reports.append(report)
-        judged = [(text, original.layer_inputs(index, text.tokens.shape[1])) for text in judges]
-        for text, its_inputs in judged:
-            run_layer(layer, text.original, its_inputs)
-        layer.register_module("self_attn", _attention(original, mla, index))
-        for text, its_inputs in [(train, inputs), (held_out, inputs), *judged]:
-            run_layer(layer, text.converted, its_inputs)
-        layer.register_module("self_attn", attention)
-        original.unload(index)
+    reports: list[LayerReport] = []
+    task = bar.add_task("Converting layers", total=job.plan.num_layers)
+    for window in job.windows():
+        layers = [original.layer(index) for index in window]
+        attentions = [layer.get_submodule("self_attn") for layer in layers]
+        finished = group.from_first(lambda: _read_layers(stage, _FINISHED, window))  # noqa: B023
+        behind = judges if finished is None else [train, held_out, *judges]
+        if finished is None:
+            finished = _solve_window(job, original, window, layers, train, held_out, candidates, stage, bar)
+        for index, layer, attention, (mla, report) in zip(window, layers, attentions, finished, strict=True):
+            layer.register_module("self_attn", attention)
+            inputs = [original.layer_inputs(index, text.tokens.shape[1]) for text in behind]
+            for text, its_inputs in zip(behind, inputs, strict=True):
+                run_layer(layer, text.original, its_inputs)
+            layer.register_module("self_attn", _attention(original, mla, index))
+            for text, its_inputs in zip(behind, inputs, strict=True):
+                run_layer(layer, text.converted, its_inputs)
+            layer.register_module("self_attn", attention)
+            original.unload(index)
+            reports.append(report)
+            bar.advance(task)
 
     texts = [test, *recalls.values()]
     of_original = original.predictions([(text.original, text.tokens) for text in texts])
@@ -268,6 +270,69 @@ def _survey_layer(job: Job, original: Original, index: int, train: Stream, probe
     return candidates
 
 
+def _solve_window(
+    job: Job,
+    original: Original,
+    window: range,
+    layers: list[nn.Module],
+    train: _Text,
+    held_out: _Text,
+    candidates: list[Candidate],
+    stage: Staging | None,
+    bar: Progress,
+) -> list[Solved]:
+    """MLA weights of successive layers, which then have them; all streams of both texts come out behind them."""
+    inputs = [original.layer_inputs(index, job.sequence_length) for index in window]
+    before = list(train.converted), list(held_out.converted)
+    wanted: list[Stream] = []
+    solved: list[Solved] = []
+    for position, (index, layer) in enumerate(zip(window, layers, strict=True)):
+        if position:  # what comes to the next layer
+            run_layer(layers[position - 1], train.converted, inputs[position - 1])
+            run_layer(layers[position - 1], held_out.converted, inputs[position - 1])
+        alone = group.from_first(lambda: _read_layers(stage, _ALONE, [index]))  # noqa: B023
+        if alone is None:
+            alone = [
+                _solve_layer(job, original, index, layer, inputs[position], train, held_out, candidates[index], bar)
+            ]
+            _write_layers(stage, _ALONE, [index], alone)
+        else:
+            run_layer(layer, train.original, inputs[position])
+            run_layer(layer, held_out.original, inputs[position])
+        solved += alone
+        wanted.append(list(held_out.original))
+        layer.register_module("self_attn", _attention(original, alone[0][0], index))
+    train.converted, held_out.converted = before
+    if len(window) > 1:
+        _refine(job, layers, window, inputs, train, held_out, bar)
+    finished = []
+    for layer, its_inputs, (mla, report), expected in zip(layers, inputs, solved, wanted, strict=True):
+        run_layer(layer, train.converted, its_inputs)
+        run_layer(layer, held_out.converted, its_inputs)
+        error = group.from_first(lambda: hidden_state_error(held_out.converted, expected))  # noqa: B023
+        mla = replace(mla, weights=dict(layer.get_submodule("self_attn").state_dict()))
+        finished.append((mla, replace(report, hidden_state_error=error)))
+    _write_layers(stage, _FINISHED, window, finished)
+    return finished
+
+
+def _refine(
+    job: Job,
+    layers: list[nn.Module],
+    window: Sequence[int],
+    inputs: list[LayerInputs],
+    train: _Text,
+    held_out: _Text,
+    bar: Progress,
+) -> None:
+    """refine() of layers that the original's streams are behind and the converted model's before."""
+    pairs, unseen = (list(zip(text.converted, text.original, strict=True)) for text in (train, held_out))
+    task = bar.add_task("Refining " + "-".join(map(str, sorted({window[0], window[-1]}))), total=job.plan.refine_steps)
+    steps, seed = job.plan.refine_steps, job.seed + window[0]
+    refine(layers, pairs, unseen, inputs, steps=steps, seed=seed, on_step=lambda: bar.advance(task))
+    bar.remove_task(task)
+
+
 def _solve_layer(
     job: Job,
     original: Original,
@@ -277,39 +342,28 @@ def _solve_layer(
     train: _Text,
     held_out: _Text,
     candidate: Candidate,
-) -> tuple[MLALayer, LayerReport]:
-    """One layer's MLA weights; the original's streams of both texts come out behind the layer."""
-    weights = job.architecture.projections(layer.get_submodule("self_attn"))
+    bar: Progress,
+) -> Solved:
+    """One layer's MLA weights, refined alone; the original's streams of both texts come out behind the layer."""
+    attention = layer.get_submodule("self_attn")
+    weights = job.architecture.projections(attention)
     collector = StatisticsCollector(
         weights, job.shape, queries=job.plan.method == "auto", factor_queries=job.target.q_lora_rank is not None
     )
     probe: list[AttentionIO] = []
     run_layer(layer, held_out.original, inputs, probe.append)
+    run_layer(layer, train.original, inputs, collector)
     error = partial(_attention_error, original, index, probe, inputs)
-    pairs: list[AttentionIO] = []
-    unseen: list[AttentionIO] = []
-    if job.plan.refine_steps:
-        # What the converted model's layer gets in, and what it should give.
-        outputs: list[Tensor] = []
-        run_layer(layer, train.original, inputs, lambda io: outputs.append(io[1]))
-        norm = layer.get_submodule("input_layernorm")
-        with torch.inference_mode():
-            pairs = [(norm(hidden), y) for hidden, y in zip(train.converted, outputs, strict=True)]
-            unseen = [(norm(hidden), y) for hidden, (_, y) in zip(held_out.converted, probe, strict=True)]
-            for pair in pairs:
-                collector(pair)
-    else:
-        run_layer(layer, train.original, inputs, collector)
     statistics = collector.statistics()
-    mla, report = group.from_first(
-        lambda: _convert_layer(job, candidate, weights, statistics, original.rope_scale, error)
-    )
+    solved = group.from_first(lambda: _convert_layer(job, candidate, weights, statistics, original.rope_scale, error))
     if job.plan.refine_steps:
-        attention = _attention(original, mla, index)
-        before, after = refine(attention, pairs, unseen, inputs, steps=job.plan.refine_steps, seed=job.seed + index)
-        mla = replace(mla, weights=dict(attention.state_dict()))
-        report = replace(report, error_before_refinement=before, error_after_refinement=after)
-    return mla, report
+        mla, report = solved
+        refined = _attention(original, mla, index)
+        layer.register_module("self_attn", refined)
+        _refine(job, [layer], [index], [inputs], train, held_out, bar)
+        solved = replace(mla, weights=dict(refined.state_dict())), report
+        layer.register_module("self_attn", attention)
+    return solved
 
 
 def _convert_layer(
@@ -368,33 +422,36 @@ def _attention(original: Original, layer: MLALayer, index: int) -> MLAAttention:
 def _attention_error(
     original: Original, index: int, probe: list[AttentionIO], inputs: LayerInputs, layer: MLALayer
 ) -> float:
-    """output_error() of a layer that has its weights only."""
-    return output_error(_attention(original, layer, index), probe, inputs)
+    """‖converted − original‖² / ‖original‖² of the attention output, given (input, original's output) pairs."""
+    attention = _attention(original, layer, index)
+    error = energy = 0.0
+    with torch.inference_mode():
+        for x, y in probe:
+            actual, _ = attention(hidden_states=x, **inputs)
+            error += (actual - y).double().square().sum().item()
+            energy += y.double().square().sum().item()
+    return error / energy
 
 
-def _layer_tensors(index: int) -> str:
-    return f"layer-{index:05d}.safetensors"
+def _write_layers(stage: Staging | None, name: str, window: Sequence[int], layers: Sequence[Solved]) -> None:
+    if stage is None:
+        return
+    for index, (mla, report) in zip(window, layers, strict=True):
+        stage.write_tensors(f"{name}-{index:05d}.safetensors", mla.weights)
+        stage.write_json(f"{name}-{index:05d}.json", {"config": mla.config.to_dict(), "report": asdict(report)})
 
 
-def _layer_json(index: int) -> str:
-    return f"layer-{index:05d}.json"
-
-
-def _write_layer(stage: Staging, index: int, layer: MLALayer, report: LayerReport) -> None:
-    stage.write_tensors(_layer_tensors(index), layer.weights)
-    stage.write_json(_layer_json(index), {"config": layer.config.to_dict(), "report": asdict(report)})
-
-
-def _read_layer(stage: Staging | None, index: int) -> tuple[MLALayer, LayerReport] | None:
-    """A layer that is done already."""
-    if stage is None or not stage.has(_layer_json(index)):
+def _read_layers(stage: Staging | None, name: str, window: Sequence[int]) -> list[Solved] | None:
+    """Layers that are done already."""
+    if stage is None or not all(stage.has(f"{name}-{index:05d}.json") for index in window):
         return None
-    report = LayerReport(**stage.read_json(_layer_json(index))["report"])
-    return MLALayer(_layer_config(stage, index), stage.read_tensors(_layer_tensors(index))), report
+    return [_read_layer(stage, f"{name}-{index:05d}") for index in window]
 
 
-def _layer_config(stage: Staging, index: int) -> MLAConfig:
-    return MLAConfig(**stage.read_json(_layer_json(index))["config"])
+def _read_layer(stage: Staging, name: str) -> Solved:
+    fields = stage.read_json(f"{name}.json")
+    layer = MLALayer(MLAConfig(**fields["config"]), stage.read_tensors(f"{name}.safetensors"))
+    return layer, LayerReport(**fields["report"])
 
 
 def _export(job: Job, report: ConversionReport, stage: Staging, bar: Progress) -> None:
@@ -402,8 +459,10 @@ def _export(job: Job, report: ConversionReport, stage: Staging, bar: Progress) -
     stage.write_json("conversion_report.json", report.to_dict())
     (stage.path / "conversion_report.txt").write_text(str(report))
     report.save_picture(stage.path / "conversion_report.png")
-    layers = [_layer_config(stage, index) for index in range(job.plan.num_layers)]
-    write_model(stage, job.source, job.export, layers, lambda index: stage.read_tensors(_layer_tensors(index)), bar)
+    names = [f"{_FINISHED}-{index:05d}" for index in range(job.plan.num_layers)]
+    layers = [MLAConfig(**stage.read_json(f"{name}.json")["config"]) for name in names]
+    weights = [f"{name}.safetensors" for name in names]
+    write_model(stage, job.source, job.export, layers, lambda index: stage.read_tensors(weights[index]), bar)
     stage.remove("layer-*")
 
 

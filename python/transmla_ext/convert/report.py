@@ -25,7 +25,8 @@ class ConversionPlan:
     attention: dict[str, int]  # the original's shape
     mla: dict[str, int | str | None]  # shape of the converted layers; "auto" differs from layer to layer
     freqfold: list[int]  # candidates; the one with the least error on held-out text is taken, layer by layer
-    refine_steps: int  # of each layer; 0 is the closed form alone
+    refine_steps: int  # of each layer, and then of each window; 0 is the closed form alone
+    refine_window: int  # layers refined together
     calibration_tokens: int
     held_out_tokens: int
     cache_bytes_before: int  # per token, all layers, at `dtype`
@@ -46,7 +47,7 @@ class ConversionPlan:
             table.add_row(f"→ {key}", f"{converted}")
         table.add_row("layers", f"{self.num_layers}")
         table.add_row("FreqFold candidates", ", ".join(map(str, self.freqfold)))
-        table.add_row("refinement steps per layer", f"{self.refine_steps}")
+        table.add_row("refinement steps, layers together", f"{self.refine_steps}, {self.refine_window}")
         table.add_row("calibration / held-out tokens", f"{self.calibration_tokens:,} / {self.held_out_tokens:,}")
         table.add_row("cache bytes per token", f"{self.cache_bytes_before:,} → {self.cache_bytes_after:,}")
         table.add_row("cache saved", f"{self.cache_saved:.2%}")
@@ -65,10 +66,10 @@ class LayerReport:
     freqfold: int
     rope_energy: float  # fraction of E|k|² that keeps RoPE
     latent_energy: float  # fraction of the balanced [k_nope; v] second moment in the latent
-    attention_error: float  # ‖converted − original‖² / ‖original‖² of the attention output, held-out text, same input
-    # The same of a layer that was refined, each in its own model, so that errors of the layers before it count.
-    error_before_refinement: float | None = None
-    error_after_refinement: float | None = None
+    attention_error: float  # ‖closed form − original‖² / ‖original‖² of its output, held-out text, same input
+    # Mean square of the difference between both models' hidden states behind the layer, each divided by its root mean
+    # square; held-out text, with all that was lost so far.
+    hidden_state_error: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +111,7 @@ class ConversionReport:
             table.add_row(f"random string recalled {distance:,} tokens on", f"{before:.0%} → {after:.0%}")
         table.add_row("attention-output error, mean", f"{sum(errors) / len(errors):.3f}")
         table.add_row("attention-output error, worst", f"{errors[worst]:.3f} (layer {worst})")
-        refined = [layer.error_after_refinement for layer in self.layers if layer.error_after_refinement is not None]
-        if refined:
-            table.add_row("after refinement, mean", f"{sum(refined) / len(refined):.3f}")
+        table.add_row("hidden-state error behind the last layer", f"{self.layers[-1].hidden_state_error:.3f}")
         table.add_row("key energy with RoPE, mean", f"{_mean(self.layers, 'rope_energy'):.1%}")
         table.add_row("latent energy, mean", f"{_mean(self.layers, 'latent_energy'):.1%}")
         if self.seconds:
@@ -134,12 +133,11 @@ class ConversionReport:
         energy.plot(index, [layer.latent_energy for layer in self.layers], marker=".", label="latent")
         energy.set(title="Energy kept", ylim=(0, 1.02), ylabel="fraction")
         energy.legend()
-        error.bar(index, [layer.attention_error for layer in self.layers], color="tab:red", label="closed form")
-        if self.plan.refine_steps:
-            refined = [layer.error_after_refinement for layer in self.layers]
-            error.plot(index, refined, marker=".", color="black", label="refined, errors before it included")
-            error.legend()
-        error.set(title="Attention-output error, held-out text", ylabel="relative, squared")
+        error.bar(index, [layer.attention_error for layer in self.layers], color="tab:red", label="attention output")
+        lost = [layer.hidden_state_error for layer in self.layers]
+        error.plot(index, lost, marker=".", color="black", label="hidden states, all layers so far")
+        error.legend()
+        error.set(title="Error on held-out text", ylabel="relative, squared")
         for axes in (energy, error):
             axes.set_xlabel("layer")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

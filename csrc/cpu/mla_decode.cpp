@@ -1,19 +1,22 @@
 // One work item is a block of query rows against one part of one sequence. Scores are kept
 // transposed, [token][row]: the softmax then runs along vectors of rows without a horizontal sum,
-// and both products read one operand as vectors and the other as broadcasts. What both multiply
-// with lies in the L1 cache as fp32, and while they do, the next tokens come out of memory.
+// and both products read one operand as vectors and the other as broadcasts. The tokens are widened
+// to fp32 once, a few numbers of each at a time: the scores then find them in the L1 cache, the
+// sums in L2. Meanwhile the next tokens come out of memory.
 #include "vec.h"
 
 namespace transmla::TRANSMLA_ISA {
 namespace {
 
 constexpr index_t kRows = 64;  // rows of a block; its fp32 output (128 KB at rank 512) is in L2
-constexpr index_t kTileTokens = 48;   // tokens between two rescalings of that output
-constexpr index_t kTileNumbers = 64;  // of each token that are fp32 at a time; 12 KB, a part of L1
+constexpr index_t kTileTokens = 48;  // tokens between two rescalings of that output
+constexpr index_t kTileNumbers =
+    64;  // of each token that are widened at a time; 12 KB, a part of L1
 
 // Register blocks: as many sums as hide the latency of two multiply-adds a cycle, and as fit.
-constexpr int kScoreTokens = kVecBytes == 64 ? 12 : 6;
-constexpr int kScoreVecs = 2;
+// AVX-512 multiplies with a broadcast in one instruction: no need to share it between two vectors.
+constexpr int kScoreTokens = kVecBytes == 64 ? 24 : 6;
+constexpr int kScoreVecs = kVecBytes == 64 ? 1 : 2;
 constexpr int kValueRows = 4;
 constexpr int kValueVecs = kVecBytes == 64 ? 4 : 3;
 static_assert(kTileTokens % (kScoreVecs * kScoreTokens) == 0);
@@ -49,7 +52,8 @@ Parts cut(const MlaDecodeParams& p, index_t batch) {
   Parts parts;
   parts.tokens = visible(p, p.cache_seqlens[batch], 0, p.seqlen_q - 1);
   const index_t length = max(0, parts.tokens.end - parts.tokens.begin);
-  parts.size = p.split_size > 0 ? p.split_size : max(kTileTokens, ceil_div(length, p.num_splits));
+  const index_t share = max(1, ceil_div(length, p.num_splits));
+  parts.size = p.split_size > 0 ? p.split_size : round_up(share, kTileTokens);
   parts.count = max(1, ceil_div(length, parts.size));
   return parts;
 }
@@ -59,11 +63,12 @@ index_t rows_of(const MlaDecodeParams& p) { return p.seqlen_q * p.num_heads; }
 // What a worker computes with.
 struct Scratch {
   float* queries;                   // [panel][depth][row of panel], scaled
-  float* tile;                      // [kTileTokens][kTileNumbers]
+  float* tile;                      // [numbers / kTileNumbers][kTileTokens][kTileNumbers]
   float* scores;                    // [kTileTokens][kRows], later the probabilities
   float* sums;                      // [kRows][kv_lora_rank]: out times total
   float *top, *total, *correction;  // [kRows]: the softmax so far, its last rescaling
   int32_t *first, *limit;           // [kRows]: a row sees tokens first <= t < limit
+  index_t packed = -1;              // the first row in `queries`, counted over all sequences
 };
 
 // Hands out parts of the workspace; with base = nullptr it only measures.
@@ -86,11 +91,16 @@ struct Workspace {
   Arena scratch;        // of worker 0; the other workers' follow
 };
 
+// Latent and RoPE key of a token, each in whole parts of kTileNumbers.
+index_t tile_numbers(const MlaDecodeParams& p) {
+  return round_up(p.kv_lora_rank, kTileNumbers) + round_up(p.qk_rope_head_dim, kTileNumbers);
+}
+
 Scratch take_scratch(const MlaDecodeParams& p, Arena& arena) {
   const index_t dim = p.kv_lora_rank + p.qk_rope_head_dim;
   Scratch s;
   s.queries = arena.take<float>(kRows * dim);
-  s.tile = arena.take<float>(kTileTokens * kTileNumbers);
+  s.tile = arena.take<float>(tile_numbers(p) * kTileTokens);
   s.scores = arena.take<float>(kTileTokens * kRows);
   s.sums = arena.take<float>(kRows * p.kv_lora_rank);
   s.top = arena.take<float>(kRows);
@@ -118,16 +128,19 @@ Workspace take_workspace(const MlaDecodeParams& p, Arena& arena) {
   return workspace;
 }
 
-// Asks for rows of the cache, a line at each step, long before they are needed: pages lie anywhere,
-// and the processor's own prefetching ends at each.
+// Asks for rows of the cache long before they are needed: pages lie anywhere, and the processor's
+// own prefetching ends at each. One line in `interval` steps: in a rush they wait for each other,
+// and the multiply-adds for them.
 struct Prefetch {
-  const void* const* rows = nullptr;
-  index_t num_rows = 0, row_bytes = 0;
-  index_t row = 0, offset = 0;
+  const void* const* row = nullptr;
+  const void* const* end = nullptr;
+  index_t row_bytes = 0, interval = 1;
+  index_t offset = 0, pause = 1;
 
   void step() {
-    if (row == num_rows) return;
-    __builtin_prefetch(static_cast<const char*>(rows[row]) + offset, 0, 2);  // no closer than L2
+    if (row == end || --pause != 0) return;
+    pause = interval;
+    __builtin_prefetch(static_cast<const char*>(*row) + offset, 0, 2);  // no closer than L2
     offset += kCacheLine;
     if (offset < row_bytes) return;
     offset = 0;
@@ -139,7 +152,8 @@ struct Prefetch {
 // Every call sums from zero: fp32 keeps more digits in short sums.
 template <int T, int V>
 void add_scores(const float* keys, const float* queries, index_t depth, bool first, float* scores,
-                Prefetch& prefetch) {
+                Prefetch& shared_prefetch) {
+  Prefetch prefetch = shared_prefetch;  // in registers, where the inner loop has room for it
   Vec sums[T][V] = {};
   for (index_t d = 0; d < depth; ++d) {
     prefetch.step();
@@ -153,6 +167,7 @@ void add_scores(const float* keys, const float* queries, index_t depth, bool fir
       for (int v = 0; v < V; ++v) sums[t][v] = fma(key, q[v], sums[t][v]);
     }
   }
+  shared_prefetch = prefetch;
 #pragma GCC unroll 24
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
@@ -169,7 +184,8 @@ void add_scores(const float* keys, const float* queries, index_t depth, bool fir
 template <int R, int V>
 void add_values(const float* probabilities, const float* const* values, index_t num_tokens,
                 index_t column, index_t size, const float* correction, float* sums,
-                index_t sums_stride, Prefetch& prefetch) {
+                index_t sums_stride, Prefetch& shared_prefetch) {
+  Prefetch prefetch = shared_prefetch;
   if constexpr (V > 1) size = kVecSize;
   Vec tile[R][V] = {};
   for (index_t t = 0; t < num_tokens; ++t) {
@@ -184,6 +200,7 @@ void add_values(const float* probabilities, const float* const* values, index_t 
       for (int v = 0; v < V; ++v) tile[r][v] = fma(probability, value[v], tile[r][v]);
     }
   }
+  shared_prefetch = prefetch;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -199,7 +216,7 @@ void add_values(const float* probabilities, const float* const* values, index_t 
 template <class T, class Cached>
 class Item {
  public:
-  Item(const MlaDecodeParams& p, const Scratch& s, index_t batch, index_t first_row)
+  Item(const MlaDecodeParams& p, Scratch& s, index_t batch, index_t first_row)
       : p_(p),
         s_(s),
         dim_(p.kv_lora_rank + p.qk_rope_head_dim),
@@ -224,12 +241,13 @@ class Item {
     tokens.begin = max(tokens.begin, s_.first[0]);
     tokens.end = min(tokens.end, s_.limit[last]);
     if (tokens.begin >= tokens.end) return;
-    pack_queries();
     locate(tokens.begin, tokens.end);
+    prefetch_next(1);
+    pack_queries();
     for (index_t t = tokens.begin; t < tokens.end; t += kTileTokens) {
       tile_ = next_;
       locate(t + kTileTokens, tokens.end);
-      prefetch_ = {next_.rows, next_.count, dim_ * static_cast<index_t>(sizeof(Cached))};
+      prefetch_next(interval());
       score();
       const bool all_seen = t >= s_.first[last] && t + tile_.count <= s_.limit[0];
       for (index_t v = 0; v < num_vecs_; ++v) softmax(v * kVecSize, t, tile_.count, !all_seen);
@@ -254,6 +272,8 @@ class Item {
 
  private:
   static constexpr bool kScaled = sizeof(Cached) == 1;
+  // Values of fp32 are used where they are: of 16 rows, copying them took a twentieth of the time.
+  static constexpr bool kInPlace = sizeof(Cached) == sizeof(float);
 
   // Where in the cache a tile's tokens are.
   struct Tile {
@@ -264,24 +284,26 @@ class Item {
 
   // Scores in units of log2 without a softcap, and of the softcap with one.
   void pack_queries() {
+    const index_t id = batch_ * rows_of(p_) + first_row_;
+    if (s_.packed == id) return;  // by the part before
     const double unit = p_.softcap > 0 ? 1.0 / p_.softcap : kLog2E;
     const float scale = static_cast<float>(p_.softmax_scale * unit);
-    for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
-      const index_t panel = r / kPanelRows;
-      const index_t width = min(kPanelRows, num_vecs_ * kVecSize - panel * kPanelRows);
-      float* to = s_.queries + panel * kPanelRows * dim_ + r % kPanelRows;
-      if (r >= num_rows_) {
-        for (index_t d = 0; d < dim_; ++d) to[d * width] = 0;
-        continue;
-      }
-      const index_t row = first_row_ + r;
-      const T* q = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
-                   row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
-      for (index_t d = 0; d < dim_; d += kVecSize) {
-        const Vec scaled = load_up_to(q + d, dim_ - d) * scale;
-        for (index_t i = 0; i < min(kVecSize, dim_ - d); ++i) to[(d + i) * width] = scaled[i];
+    for (index_t d = 0; d < dim_; d += kVecSize) {
+      const index_t size = min(kVecSize, dim_ - d);
+      for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
+        prefetch_.step();
+        const index_t panel = r / kPanelRows;
+        const index_t width = min(kPanelRows, num_vecs_ * kVecSize - panel * kPanelRows);
+        float* to = s_.queries + panel * kPanelRows * dim_ + d * width + r % kPanelRows;
+        // Rows that are missing repeat the last one, and nothing reads their scores.
+        const index_t row = first_row_ + min(r, num_rows_ - 1);
+        const T* q = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
+                     row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
+        const Vec scaled = load_up_to(q + d, size) * scale;
+        for (index_t i = 0; i < size; ++i) to[i * width] = scaled[i];
       }
     }
+    s_.packed = id;
   }
 
   // The tile from token `begin` on goes to next_.
@@ -300,11 +322,23 @@ class Item {
     }
   }
 
-  // Numbers column .. column + size - 1 of the tile's tokens, with one scale, as fp32 in s_.tile.
-  void load_tile(index_t column, index_t size) {
+  void prefetch_next(index_t interval) {
+    prefetch_ = {next_.rows, next_.rows + next_.count, row_bytes(), interval};
+  }
+
+  index_t row_bytes() const { return dim_ * static_cast<index_t>(sizeof(Cached)); }
+
+  // Steps that the work on a token lasts, over the lines of one.
+  index_t interval() const {
+    const index_t steps = num_rows_ * (dim_ + p_.kv_lora_rank) / (kPanelRows * kScoreTokens);
+    return max(1, steps / ceil_div(row_bytes(), kCacheLine));
+  }
+
+  // Numbers column .. column + size - 1 of the tile's tokens, with one scale, as fp32.
+  void load_tile(index_t column, index_t size, float* tile) {
     for (index_t t = 0; t < tile_.count; ++t) {
       const Cached* from = static_cast<const Cached*>(tile_.rows[t]) + column;
-      float* to = s_.tile + t * kTileNumbers;
+      float* to = tile + t * kTileNumbers;
       const float scale = kScaled ? tile_.scales[t][column >= p_.kv_lora_rank] : 1;
       const auto convert = [&](index_t d, Vec numbers) {
         store(to + d, kScaled ? numbers * scale : numbers);
@@ -320,25 +354,27 @@ class Item {
 
   void score() {
     index_t length;
+    float* tile = s_.tile;
     for (index_t depth = 0; depth < dim_; depth += length) {
       length =
           min(kTileNumbers, (kScaled && depth < p_.kv_lora_rank ? p_.kv_lora_rank : dim_) - depth);
-      load_tile(depth, length);
+      load_tile(depth, length, tile);
       index_t v = 0;
       for (; v + kScoreVecs <= num_vecs_; v += kScoreVecs) {
-        score_vecs<kScoreTokens, kScoreVecs>(v, depth, length);
+        score_vecs<kScoreTokens, kScoreVecs>(v, depth, length, tile);
       }
-      for (; v < num_vecs_; ++v) score_vecs<kScoreVecs * kScoreTokens, 1>(v, depth, length);
+      for (; v < num_vecs_; ++v) score_vecs<kScoreVecs * kScoreTokens, 1>(v, depth, length, tile);
+      if (!kInPlace) tile += kTileTokens * kTileNumbers;
     }
   }
 
   // In the last block, tokens that the tile lacks have numbers of earlier tiles, and scores that
   // nothing reads.
   template <int N, int V>
-  void score_vecs(index_t first_vec, index_t depth, index_t length) {
+  void score_vecs(index_t first_vec, index_t depth, index_t length, const float* tile) {
     const float* queries = s_.queries + (first_vec * dim_ + depth * V) * kVecSize;
     for (index_t t = 0; t < tile_.count; t += N) {
-      add_scores<N, V>(s_.tile + t * kTileNumbers, queries, length, depth == 0,
+      add_scores<N, V>(tile + t * kTileNumbers, queries, length, depth == 0,
                        s_.scores + t * kRows + first_vec * kVecSize, prefetch_);
     }
   }
@@ -383,21 +419,16 @@ class Item {
   void accumulate() {
     for (index_t column = 0; column < p_.kv_lora_rank; column += kTileNumbers) {
       const index_t end = min(column + kTileNumbers, p_.kv_lora_rank);
-      load_values(column, end - column, Cached{});
+      locate_values(column);
       accumulate_columns<kValueVecs>(column, end);
     }
   }
 
-  // Values of fp32 are used where they are: of 16 rows, copying them took a twentieth of the time.
-  void load_values(index_t column, index_t, float) {
+  void locate_values(index_t column) {
     for (index_t t = 0; t < tile_.count; ++t) {
-      values_[t] = static_cast<const float*>(tile_.rows[t]) + column;
+      values_[t] = kInPlace ? static_cast<const float*>(tile_.rows[t]) + column
+                            : s_.tile + column * kTileTokens + t * kTileNumbers;
     }
-  }
-  template <class Converted>
-  void load_values(index_t column, index_t size, Converted) {
-    load_tile(column, size);
-    for (index_t t = 0; t < tile_.count; ++t) values_[t] = s_.tile + t * kTileNumbers;
   }
 
   // V vectors at a time, and the rest by fewer; the last one may be partial.
@@ -422,7 +453,7 @@ class Item {
   }
 
   const MlaDecodeParams& p_;
-  const Scratch s_;
+  Scratch& s_;
   const index_t dim_, batch_, first_row_, num_rows_, num_vecs_;
   Tile tile_, next_;
   const float* values_[kTileTokens];
@@ -431,7 +462,7 @@ class Item {
 
 template <class T, class Cached>
 void attend(const MlaDecodeParams& p, const Workspace& workspace, index_t worker, index_t* next) {
-  const Scratch scratch = scratch_of(p, workspace.scratch, worker);
+  Scratch scratch = scratch_of(p, workspace.scratch, worker);
   const index_t num_row_blocks = ceil_div(rows_of(p), kRows);
   const index_t num_items = workspace.first_part[p.batch_size] * num_row_blocks;
   index_t batch = 0;

@@ -5,7 +5,8 @@ namespace {
 
 constexpr int kRows = 4;                          // of w that a pass reads side by side
 constexpr int kTokens = kVecBytes == 64 ? 4 : 2;  // that share a pass: its sums stay in registers
-constexpr index_t kMinWork = 1 << 15;  // multiply-adds; less is not worth waking a thread
+constexpr index_t kMinWork = 1 << 15;     // multiply-adds; less is not worth waking a thread
+constexpr index_t kPiecesPerWorker = 16;  // cores differ in speed, if only by who else uses them
 
 // Dot products of kRows rows of w and N of x, x_stride apart; meanwhile num_next rows are fetched.
 template <int N, class T>
@@ -62,20 +63,31 @@ class Linear {
     }
   }
 
-  // Up to kRows rows of a group's w, for all tokens.
-  void rows(index_t group, index_t first) const {
-    const index_t count = min(kRows, p_.out_features - first);
+  index_t num_blocks() const { return p_.num_groups * blocks_of_group(); }
+
+  // A block is up to kRows rows of a group's w, for all tokens; `next` is the one to fetch.
+  void multiply_block(index_t block, index_t next) const {
     const T* w[kRows];
-    const T* next[kRows];
-    for (index_t r = 0; r < kRows; ++r) {
-      w[r] = static_cast<const T*>(p_.w) + group * p_.w_stride_group +
-             (first + min(r, count - 1)) * p_.w_stride_row;
-      next[r] = w[r] + kRows * p_.w_stride_row;
-    }
-    tokens<kTokens>(w, next, group, first, count, 0);
+    const T* next_w[kRows];
+    locate(block, w);
+    locate(next, next_w);
+    const index_t first = block % blocks_of_group() * kRows;
+    const index_t count = min(kRows, p_.out_features - first);
+    tokens<kTokens>(w, next_w, block / blocks_of_group(), first, count, 0);
   }
 
  private:
+  index_t blocks_of_group() const { return ceil_div(p_.out_features, kRows); }
+
+  // The rows of a block; the last one again where it has fewer.
+  void locate(index_t block, const T* (&w)[kRows]) const {
+    const index_t first = block % blocks_of_group() * kRows;
+    for (index_t r = 0; r < kRows; ++r) {
+      w[r] = static_cast<const T*>(p_.w) + block / blocks_of_group() * p_.w_stride_group +
+             min(first + r, p_.out_features - 1) * p_.w_stride_row;
+    }
+  }
+
   // N tokens at a time and the rest by halves.
   template <int N>
   void tokens(const T* const (&w)[kRows], const T* const (&next)[kRows], index_t group,
@@ -113,14 +125,25 @@ size_t linear_cpu_workspace_size(const LinearParams& p, int) {
 }
 
 void linear_cpu(const LinearParams& p, const ParallelFor& parallel_for) {
-  const index_t blocks_of_group = ceil_div(p.out_features, kRows);
-  const index_t work = kRows * p.in_features * p.num_tokens;
-  const index_t grain = max(1, kMinWork / max(1, work));
+  const index_t work = kRows * p.in_features * p.num_tokens;  // of a block
   with_dtype(p.dtype, [&](auto zero) {
     const Linear<decltype(zero)> linear(p);
-    run(parallel_for, 0, p.num_groups * blocks_of_group, grain, [&](index_t begin, index_t end) {
-      for (index_t block = begin; block < end; ++block) {
-        linear.rows(block / blocks_of_group, block % blocks_of_group * kRows);
+    const index_t num_blocks = linear.num_blocks();
+    const index_t piece = max(ceil_div(kMinWork, max(1, work)),
+                              num_blocks / (kPiecesPerWorker * parallel_for.num_threads));
+    const index_t num_workers = min(parallel_for.num_threads, ceil_div(num_blocks, piece));
+    index_t taken = 0;
+    const auto take = [&] { return __atomic_fetch_add(&taken, piece, __ATOMIC_RELAXED); };
+    run(parallel_for, 0, num_workers, 1, [&](index_t begin, index_t end) {
+      for (index_t worker = begin; worker < end; ++worker) {
+        // The next piece is taken early, so that its first rows can be fetched.
+        for (index_t first = take(), next; first < num_blocks; first = next) {
+          next = take();
+          const index_t last = min(first + piece, num_blocks) - 1;
+          for (index_t block = first; block < last; ++block)
+            linear.multiply_block(block, block + 1);
+          linear.multiply_block(last, min(next, num_blocks - 1));
+        }
       }
     });
   });

@@ -160,41 +160,47 @@ class Projection {
           }
         }
       };
-      constexpr int kVecs = kMaxSums / N < 4 ? kMaxSums / N : 4;
-      index_t column = 0;
-      for (; column + kVecs * kVecSize <= p_.kv_lora_rank; column += kVecs * kVecSize) {
-        absorb_columns<N, kVecs>(head, token, column, q_nope, load_depth);
-      }
-      for (; column < p_.kv_lora_rank; column += kVecSize) {
-        absorb_columns<N, 1>(head, token, column, q_nope, load_depth);
-      }
+      absorb_columns<N, kMaxSums / N>(head, token, 0, q_nope, load_depth);
     }
     if constexpr (N > 1) absorb<N / 2>(head, token, end);
   }
 
-  // V vectors of columns; a single one may be the last and partial.
+  // V vectors of columns at a time and the rest by halves, the last one perhaps partial.
   template <int N, int V, class LoadDepth>
   void absorb_columns(index_t head, index_t token, index_t column, const float (*q_nope)[kDepth],
                       const LoadDepth& load_depth) const {
+    constexpr index_t kLeast = V > 1 ? V * kVecSize : 1;
+    for (; column + kLeast <= p_.kv_lora_rank; column += V * kVecSize) {
+      absorb_block<N, V>(head, token, column, q_nope, load_depth);
+    }
+    if constexpr (V > 1) absorb_columns<N, V / 2>(head, token, column, q_nope, load_depth);
+  }
+
+  template <int N, int V, class LoadDepth>
+  void absorb_block(index_t head, index_t token, index_t column, const float (*q_nope)[kDepth],
+                    const LoadDepth& load_depth) const {
     const index_t size = V > 1 ? kVecSize : p_.kv_lora_rank - column;
+    // The columns that come next, perhaps of the next head: down the rows the hardware's prefetcher
+    // does not follow.
+    const index_t ahead =
+        column + V * kVecSize < p_.kv_lora_rank ? V * kVecSize : p_.w_uk_stride_head - column;
     const T* w_uk = static_cast<const T*>(p_.w_uk) + head * p_.w_uk_stride_head + column;
     Vec sums[N][V] = {};
     for (index_t depth = 0; depth < p_.qk_nope_head_dim; depth += kDepth) {
       load_depth(depth);
       const index_t rows = min(kDepth, p_.qk_nope_head_dim - depth);
       for (index_t k = 0; k < rows; ++k, w_uk += p_.w_uk_stride_row) {
-        Vec w[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          // The columns that come next: down the rows the hardware's prefetcher does not follow.
-          w[v] = load_up_to(w_uk + v * kVecSize, size);
-          __builtin_prefetch(w_uk + (V + v) * kVecSize, 0, 2);
+        for (index_t v = 0; v < V * kVecSize; v += kLine) {
+          __builtin_prefetch(w_uk + ahead + v, 0, 2);
         }
+        Vec numbers[N];
 #pragma GCC unroll 8
-        for (int t = 0; t < N; ++t) {
-          const Vec number = broadcast(q_nope[t][k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sums[t][v] = fma(number, w[v], sums[t][v]);
+        for (int t = 0; t < N; ++t) numbers[t] = broadcast(q_nope[t][k]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          const Vec w = load_up_to(w_uk + v * kVecSize, size);
+#pragma GCC unroll 8
+          for (int t = 0; t < N; ++t) sums[t][v] = fma(numbers[t], w, sums[t][v]);
         }
       }
     }
@@ -203,6 +209,8 @@ class Projection {
       for (int v = 0; v < V; ++v) store_up_to(out + v * kVecSize, sums[t][v], size);
     }
   }
+
+  static constexpr index_t kLine = 64 / sizeof(T);
 
   const MlaProjectParams& p_;
   const index_t head_dim_, cache_dim_;

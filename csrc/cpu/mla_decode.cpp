@@ -288,6 +288,13 @@ class Item {
     if (s_.packed == id) return;  // by the part before
     const double unit = p_.softcap > 0 ? 1.0 / p_.softcap : kLog2E;
     const float scale = static_cast<float>(p_.softmax_scale * unit);
+    // Rows that are missing repeat the last one, and nothing reads their scores.
+    const T* q[kRows];
+    for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
+      const index_t row = first_row_ + min(r, num_rows_ - 1);
+      q[r] = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
+             row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
+    }
     for (index_t d = 0; d < dim_; d += kVecSize) {
       const index_t size = min(kVecSize, dim_ - d);
       for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
@@ -295,11 +302,7 @@ class Item {
         const index_t panel = r / kPanelRows;
         const index_t width = min(kPanelRows, num_vecs_ * kVecSize - panel * kPanelRows);
         float* to = s_.queries + panel * kPanelRows * dim_ + d * width + r % kPanelRows;
-        // Rows that are missing repeat the last one, and nothing reads their scores.
-        const index_t row = first_row_ + min(r, num_rows_ - 1);
-        const T* q = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
-                     row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
-        const Vec scaled = load_up_to(q + d, size) * scale;
+        const Vec scaled = load_up_to(q[r] + d, size) * scale;
         for (index_t i = 0; i < size; ++i) to[i * width] = scaled[i];
       }
     }
@@ -336,6 +339,10 @@ class Item {
 
   // Numbers column .. column + size - 1 of the tile's tokens, with one scale, as fp32.
   void load_tile(index_t column, index_t size, float* tile) {
+    // Tokens that the last block lacks are multiplied with as well: slowly, if they are subnormal.
+    const index_t end = round_up(tile_.count, kScoreVecs * kScoreTokens);
+    memset(tile + tile_.count * kTileNumbers, 0,
+           (end - tile_.count) * kTileNumbers * sizeof(float));
     for (index_t t = 0; t < tile_.count; ++t) {
       const Cached* from = static_cast<const Cached*>(tile_.rows[t]) + column;
       float* to = tile + t * kTileNumbers;
@@ -368,8 +375,7 @@ class Item {
     }
   }
 
-  // In the last block, tokens that the tile lacks have numbers of earlier tiles, and scores that
-  // nothing reads.
+  // Nothing reads the scores of the tokens that the last block lacks.
   template <int N, int V>
   void score_vecs(index_t first_vec, index_t depth, index_t length, const float* tile) {
     const float* queries = s_.queries + (first_vec * dim_ + depth * V) * kVecSize;

@@ -140,9 +140,9 @@ void linear_cpu(const LinearParams& p, const ParallelFor& parallel_for) {
         for (index_t first = take(), next; first < num_blocks; first = next) {
           next = take();
           const index_t last = min(first + piece, num_blocks) - 1;
-          for (index_t block = first; block < last; ++block)
-            linear.multiply_block(block, block + 1);
-          linear.multiply_block(last, min(next, num_blocks - 1));
+          for (index_t block = first; block <= last; ++block) {
+            linear.multiply_block(block, block < last ? block + 1 : min(next, num_blocks - 1));
+          }
         }
       }
     });

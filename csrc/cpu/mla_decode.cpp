@@ -9,9 +9,8 @@ namespace transmla::TRANSMLA_ISA {
 namespace {
 
 constexpr index_t kRows = 64;  // rows of a block; its fp32 output (128 KB at rank 512) is in L2
-constexpr index_t kTileTokens = 48;  // tokens between two rescalings of that output
-constexpr index_t kTileNumbers =
-    64;  // of each token that are widened at a time; 12 KB, a part of L1
+constexpr index_t kTileTokens = 48;   // tokens between two rescalings of that output
+constexpr index_t kTileNumbers = 64;  // of each token that are widened at a time: 12 KB of L1
 
 // Register blocks: as many sums as hide the latency of two multiply-adds a cycle, and as fit.
 // AVX-512 multiplies with a broadcast in one instruction: no need to share it between two vectors.
@@ -52,8 +51,8 @@ Parts cut(const MlaDecodeParams& p, index_t batch) {
   Parts parts;
   parts.tokens = visible(p, p.cache_seqlens[batch], 0, p.seqlen_q - 1);
   const index_t length = max(0, parts.tokens.end - parts.tokens.begin);
-  const index_t share = max(1, ceil_div(length, p.num_splits));
-  parts.size = p.split_size > 0 ? p.split_size : round_up(share, kTileTokens);
+  parts.size = p.split_size;
+  if (parts.size == 0) parts.size = round_up(max(1, ceil_div(length, p.num_splits)), kTileTokens);
   parts.count = max(1, ceil_div(length, parts.size));
   return parts;
 }

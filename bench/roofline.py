@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from timing import measure
 
-__all__ = ["Roofline", "cache_bytes", "measure_roofline"]
+__all__ = ["Roofline", "cache_bytes", "measure_flops", "measure_roofline"]
 
 _MIN_STREAM_BYTES = 256 << 20
 _GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
@@ -47,7 +47,12 @@ def measure_roofline(
     first, second = torch.ones(2, stream_bytes // 4, device=device)
     stream = first.copy_ if device.type == "cuda" else first.dot
     streamed = measure(lambda: stream(second), [{}], device=device)
+    return Roofline(2 * first.nbytes / streamed.seconds, measure_flops(device, dtype, gemm_size=gemm_size))
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype, *, gemm_size: int = 0, budget: float = 0.3) -> float:
+    """Multiplies square matrices; 0 takes a size that suits the device."""
     gemm_size = gemm_size or _GEMM_SIZE[device.type]
     factor = torch.randn(gemm_size, gemm_size, device=device).to(dtype)
-    gemm = measure(torch.mm, [{"input": factor, "mat2": factor}], device=device)
-    return Roofline(2 * first.nbytes / streamed.seconds, 2 * gemm_size**3 / gemm.seconds)
+    gemm = measure(torch.mm, [{"input": factor, "mat2": factor}], device=device, budget=budget)
+    return 2 * gemm_size**3 / gemm.seconds

@@ -125,13 +125,12 @@ size_t linear_cpu_workspace_size(const LinearParams& p, int) {
 }
 
 void linear_cpu(const LinearParams& p, const ParallelFor& parallel_for) {
-  const index_t work = kRows * p.in_features * p.num_tokens;  // of a block
+  const index_t work = p.num_groups * p.out_features * p.in_features * p.num_tokens;
+  const index_t num_workers = max(1, min(parallel_for.num_threads, ceil_div(work, kMinWork)));
   with_dtype(p.dtype, [&](auto zero) {
     const Linear<decltype(zero)> linear(p);
     const index_t num_blocks = linear.num_blocks();
-    const index_t piece = max(ceil_div(kMinWork, max(1, work)),
-                              num_blocks / (kPiecesPerWorker * parallel_for.num_threads));
-    const index_t num_workers = min(parallel_for.num_threads, ceil_div(num_blocks, piece));
+    const index_t piece = max(1, num_blocks / (kPiecesPerWorker * num_workers));
     index_t taken = 0;
     const auto take = [&] { return __atomic_fetch_add(&taken, piece, __ATOMIC_RELAXED); };
     run(parallel_for, 0, num_workers, 1, [&](index_t begin, index_t end) {

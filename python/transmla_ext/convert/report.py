@@ -133,9 +133,10 @@ class ConversionReport:
         energy.plot(index, [layer.latent_energy for layer in self.layers], marker=".", label="latent")
         energy.set(title="Energy kept", ylim=(0, 1.02), ylabel="fraction")
         energy.legend()
-        error.bar(index, [layer.attention_error for layer in self.layers], color="tab:red", label="closed form, attention")
-        lost = [layer.hidden_state_error for layer in self.layers]
-        error.plot(index, lost, marker=".", color="black", label="result, hidden states")
+        attention_errors = [layer.attention_error for layer in self.layers]
+        error.bar(index, attention_errors, color="tab:red", label="closed form, attention")
+        hidden_state_errors = [layer.hidden_state_error for layer in self.layers]
+        error.plot(index, hidden_state_errors, marker=".", color="black", label="result, hidden states")
         error.legend()
         error.set(title="Error on held-out text", ylabel="relative, squared")
         for axes in (energy, error):

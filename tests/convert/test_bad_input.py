@@ -77,6 +77,7 @@ def edit_weights(model: Path, name: str, change: Callable[[torch.Tensor], torch.
         ({"calibration": "no-such-file.txt"}, ["no-such-file.txt"]),
         ({"calibration_tokens": 0}, ["calibration_tokens", "got 0"]),
         ({"refine_steps": -1}, ["refine_steps", "got -1"]),
+        ({"refine_window": 0}, ["refine_window", "got 0"]),
         ({"test": ["too short"]}, ["test text too short", "one sequence of 128 tokens"]),
         ({"layers": 3}, ["layers must be from 1 to the model's 2", "got 3"]),
         ({"sequence_length": 100000}, ["sequence_length=100000", "512 positions"]),

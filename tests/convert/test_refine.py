@@ -83,8 +83,8 @@ def test_error_on_unseen_input_falls(teacher: Layers, num_layers: int) -> None:
     others = {name: w.clone() for name, w in student[0].named_parameters() if "self_attn" not in name}
     train, unseen = pairs(teacher, 8, seed=1), pairs(teacher, 2, seed=2)
     before = error(student, unseen)
-    refine(student, train, unseen, INPUTS[:num_layers], steps=60, seed=0)
-    assert error(student, unseen) < 0.4 * before
+    refine(student, train, unseen, INPUTS[:num_layers], steps=100, seed=0)
+    assert error(student, unseen) < 0.3 * before
     for layer in student:
         assert not any(weight.requires_grad for weight in layer.parameters())
     for name, weight in student[0].named_parameters():
@@ -100,8 +100,8 @@ def test_a_deviation_of_the_input_is_made_good(teacher: Layers) -> None:
     )
     student = copy.deepcopy(teacher)
     before = error(student, unseen)
-    refine(student, train, unseen, INPUTS, steps=60, seed=0)
-    assert error(student, unseen) < 0.9 * before
+    refine(student, train, unseen, INPUTS, steps=200, seed=0)
+    assert error(student, unseen) < 0.5 * before
 
 
 def test_what_only_helps_on_the_text_trained_on_is_not_kept(teacher: Layers) -> None:

@@ -295,7 +295,8 @@ def _solve_window(
             alone = [
                 _solve_layer(job, original, index, layer, inputs[position], train, held_out, candidates[index], bar)
             ]
-            _write_layers(stage, _ALONE, [index], alone)
+            if len(window) > 1:
+                _write_layers(stage, _ALONE, [index], alone)
         else:
             run_layer(layer, train.original, inputs[position])
             run_layer(layer, held_out.original, inputs[position])

@@ -24,6 +24,8 @@ constexpr index_t kPanelRows = kScoreVecs * kVecSize;
 constexpr index_t kMinWorkPerWorker = 1 << 17;  // multiply-adds; less is not worth waking a thread
 
 constexpr index_t kCacheLine = 64;
+constexpr index_t kPrefetchInterval = 4;          // steps of an inner loop
+constexpr int kUnroll = kVecBytes == 64 ? 4 : 1;  // of these; the others lack the registers
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -63,7 +65,7 @@ index_t rows_of(const MlaDecodeParams& p) { return p.seqlen_q * p.num_heads; }
 struct Scratch {
   float* queries;                   // [panel][depth][row of panel], scaled
   float* tile;                      // [numbers / kTileNumbers][kTileTokens][kTileNumbers]
-  float* scores;                    // [kTileTokens][kRows], later the probabilities
+  float* scores;                    // [panel][kTileTokens][row of panel], later the probabilities
   float* sums;                      // [kRows][kv_lora_rank]: out times total
   float *top, *total, *correction;  // [kRows]: the softmax so far, its last rescaling
   int32_t *first, *limit;           // [kRows]: a row sees tokens first <= t < limit
@@ -128,34 +130,46 @@ Workspace take_workspace(const MlaDecodeParams& p, Arena& arena) {
 }
 
 // Asks for rows of the cache long before they are needed: pages lie anywhere, and the processor's
-// own prefetching ends at each. One line in `interval` steps: in a rush they wait for each other,
-// and the multiply-adds for them.
+// own prefetching ends at each. A row's lines are spread over `row_steps` steps: in a rush they
+// wait for each other, and the multiply-adds for them.
 struct Prefetch {
   const void* const* row = nullptr;
   const void* const* end = nullptr;
-  index_t row_bytes = 0, interval = 1;
-  index_t offset = 0, pause = 1;
+  index_t row_lines = 0, row_steps = 1;
+  index_t line = 0, due = 0;
 
   void step() {
-    if (row == end || --pause != 0) return;
-    pause = interval;
-    __builtin_prefetch(static_cast<const char*>(*row) + offset, 0, 2);  // no closer than L2
-    offset += kCacheLine;
-    if (offset < row_bytes) return;
-    offset = 0;
-    ++row;
+    if (row == end) return;
+    for (due += row_lines; due >= row_steps; due -= row_steps) {
+      __builtin_prefetch(static_cast<const char*>(*row) + line * kCacheLine, 0, 2);  // into L2
+      if (++line < row_lines) continue;
+      line = 0;
+      if (++row == end) return;
+    }
   }
 };
+
+// body(0) .. body(n - 1), and a step of the prefetch before every few of them.
+template <class Body>
+void repeat(index_t n, Prefetch& shared_prefetch, const Body& body) {
+  Prefetch prefetch = shared_prefetch;  // in registers, where the loop has room for it
+  index_t i = 0;
+  for (; i + kPrefetchInterval <= n; i += kPrefetchInterval) {
+    prefetch.step();
+#pragma GCC unroll kUnroll
+    for (index_t j = 0; j < kPrefetchInterval; ++j) body(i + j);
+  }
+  for (; i < n; ++i) body(i);
+  shared_prefetch = prefetch;
+}
 
 // scores[t][r] (+)= sum over d of keys[t][d] * queries[d][r], for T tokens and V vectors of rows.
 // Every call sums from zero: fp32 keeps more digits in short sums.
 template <int T, int V>
 void add_scores(const float* keys, const float* queries, index_t depth, bool first, float* scores,
-                Prefetch& shared_prefetch) {
-  Prefetch prefetch = shared_prefetch;  // in registers, where the inner loop has room for it
+                Prefetch& prefetch) {
   Vec sums[T][V] = {};
-  for (index_t d = 0; d < depth; ++d) {
-    prefetch.step();
+  repeat(depth, prefetch, [&](index_t d) __attribute__((always_inline)) {
     Vec q[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) q[v] = load(queries + (d * V + v) * kVecSize);
@@ -165,13 +179,12 @@ void add_scores(const float* keys, const float* queries, index_t depth, bool fir
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[t][v] = fma(key, q[v], sums[t][v]);
     }
-  }
-  shared_prefetch = prefetch;
+  });
 #pragma GCC unroll 24
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      float* score = scores + t * kRows + v * kVecSize;
+      float* score = scores + t * kPanelRows + v * kVecSize;
       store(score, first ? sums[t][v] : load(score) + sums[t][v]);
     }
   }
@@ -183,23 +196,20 @@ void add_scores(const float* keys, const float* queries, index_t depth, bool fir
 template <int R, int V>
 void add_values(const float* probabilities, const float* const* values, index_t num_tokens,
                 index_t column, index_t size, const float* correction, float* sums,
-                index_t sums_stride, Prefetch& shared_prefetch) {
-  Prefetch prefetch = shared_prefetch;
+                index_t sums_stride, Prefetch& prefetch) {
   if constexpr (V > 1) size = kVecSize;
   Vec tile[R][V] = {};
-  for (index_t t = 0; t < num_tokens; ++t) {
-    prefetch.step();
+  repeat(num_tokens, prefetch, [&](index_t t) __attribute__((always_inline)) {
     Vec value[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) value[v] = load_up_to(values[t] + column + v * kVecSize, size);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec probability = broadcast(probabilities[t * kRows + r]);
+      const Vec probability = broadcast(probabilities[t * kPanelRows + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) tile[r][v] = fma(probability, value[v], tile[r][v]);
     }
-  }
-  shared_prefetch = prefetch;
+  });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -241,12 +251,12 @@ class Item {
     tokens.end = min(tokens.end, s_.limit[last]);
     if (tokens.begin >= tokens.end) return;
     locate(tokens.begin, tokens.end);
-    prefetch_next(1);
+    prefetch_next(row_lines());
     pack_queries();
     for (index_t t = tokens.begin; t < tokens.end; t += kTileTokens) {
       tile_ = next_;
       locate(t + kTileTokens, tokens.end);
-      prefetch_next(interval());
+      prefetch_next(steps_per_token());
       score();
       const bool all_seen = t >= s_.first[last] && t + tile_.count <= s_.limit[0];
       for (index_t v = 0; v < num_vecs_; ++v) softmax(v * kVecSize, t, tile_.count, !all_seen);
@@ -287,22 +297,27 @@ class Item {
     if (s_.packed == id) return;  // by the part before
     const double unit = p_.softcap > 0 ? 1.0 / p_.softcap : kLog2E;
     const float scale = static_cast<float>(p_.softmax_scale * unit);
-    // Rows that are missing repeat the last one, and nothing reads their scores.
-    const T* q[kRows];
-    for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
-      const index_t row = first_row_ + min(r, num_rows_ - 1);
-      q[r] = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
-             row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
-    }
-    for (index_t d = 0; d < dim_; d += kVecSize) {
-      const index_t size = min(kVecSize, dim_ - d);
-      for (index_t r = 0; r < num_vecs_ * kVecSize; ++r) {
-        prefetch_.step();
-        const index_t panel = r / kPanelRows;
-        const index_t width = min(kPanelRows, num_vecs_ * kVecSize - panel * kPanelRows);
-        float* to = s_.queries + panel * kPanelRows * dim_ + d * width + r % kPanelRows;
-        const Vec scaled = load_up_to(q[r] + d, size) * scale;
-        for (index_t i = 0; i < size; ++i) to[i * width] = scaled[i];
+    for (index_t v = 0; v < num_vecs_; ++v) {
+      // Rows that are missing repeat the last one, and nothing reads their scores.
+      const T* q[kVecSize];
+      for (index_t r = 0; r < kVecSize; ++r) {
+        const index_t row = first_row_ + min(v * kVecSize + r, num_rows_ - 1);
+        q[r] = static_cast<const T*>(p_.q) + batch_ * p_.q_stride_batch +
+               row / p_.num_heads * p_.q_stride_token + row % p_.num_heads * p_.q_stride_head;
+      }
+      const index_t panel = v / kScoreVecs * kScoreVecs;
+      const index_t width = min(kScoreVecs, num_vecs_ - panel) * kVecSize;
+      float* to = s_.queries + (panel * dim_ + v % kScoreVecs) * kVecSize;
+      for (index_t d = 0; d < dim_; d += kVecSize) {
+        Vec square[kVecSize];
+#pragma GCC unroll 16
+        for (index_t r = 0; r < kVecSize; ++r) {
+          prefetch_.step();
+          square[r] = load_up_to(q[r] + d, dim_ - d) * scale;
+        }
+        transpose(square, AllLanes{});
+        const index_t size = min(kVecSize, dim_ - d);
+        for (index_t i = 0; i < size; ++i) store(to + (d + i) * width, square[i]);
       }
     }
     s_.packed = id;
@@ -324,16 +339,17 @@ class Item {
     }
   }
 
-  void prefetch_next(index_t interval) {
-    prefetch_ = {next_.rows, next_.rows + next_.count, row_bytes(), interval};
+  void prefetch_next(index_t row_steps) {
+    prefetch_ = {next_.rows, next_.rows + next_.count, row_lines(), row_steps};
   }
 
-  index_t row_bytes() const { return dim_ * static_cast<index_t>(sizeof(Cached)); }
+  index_t row_lines() const {
+    return ceil_div(dim_ * static_cast<index_t>(sizeof(Cached)), kCacheLine);
+  }
 
-  // Steps that the work on a token lasts, over the lines of one.
-  index_t interval() const {
-    const index_t steps = num_rows_ * (dim_ + p_.kv_lora_rank) / (kPanelRows * kScoreTokens);
-    return max(1, steps / ceil_div(row_bytes(), kCacheLine));
+  index_t steps_per_token() const {
+    constexpr index_t kBlock = (kScoreTokens * kScoreVecs + kValueRows * kValueVecs) / 2;
+    return max(1, num_vecs_ * (dim_ + p_.kv_lora_rank) / (kBlock * kPrefetchInterval));
   }
 
   // Numbers column .. column + size - 1 of the tile's tokens, with one scale, as fp32.
@@ -380,17 +396,22 @@ class Item {
     const float* queries = s_.queries + (first_vec * dim_ + depth * V) * kVecSize;
     for (index_t t = 0; t < tile_.count; t += N) {
       add_scores<N, V>(tile + t * kTileNumbers, queries, length, depth == 0,
-                       s_.scores + t * kRows + first_vec * kVecSize, prefetch_);
+                       scores_of(first_vec * kVecSize) + t * kPanelRows, prefetch_);
     }
+  }
+
+  // Of the tile's first token; those of the next are kPanelRows further.
+  float* scores_of(index_t row) {
+    return s_.scores + row / kPanelRows * kTileTokens * kPanelRows + row % kPanelRows;
   }
 
   // Online softmax of the rows row .. row + kVecSize - 1.
   void softmax(index_t row, index_t begin, index_t num_tokens, bool masked) {
-    float* scores = s_.scores + row;
+    float* scores = scores_of(row);
     if (p_.softcap > 0) {
       const float cap = static_cast<float>(p_.softcap * kLog2E);
       for (index_t t = 0; t < num_tokens; ++t) {
-        store(scores + t * kRows, tanh(load(scores + t * kRows)) * cap);
+        store(scores + t * kPanelRows, tanh(load(scores + t * kPanelRows)) * cap);
       }
     }
     if (masked) {
@@ -401,18 +422,18 @@ class Item {
       for (index_t t = 0; t < num_tokens; ++t) {
         const int32_t token = static_cast<int32_t>(begin + t);
         const IVec seen = (first <= token) & (limit > token);
-        store(scores + t * kRows, select(seen, load(scores + t * kRows), minus_infinity));
+        store(scores + t * kPanelRows, select(seen, load(scores + t * kPanelRows), minus_infinity));
       }
     }
     const Vec old_top = load(s_.top + row);
     Vec top = old_top;
-    for (index_t t = 0; t < num_tokens; ++t) top = max(top, load(scores + t * kRows));
+    for (index_t t = 0; t < num_tokens; ++t) top = max(top, load(scores + t * kPanelRows));
     // A row that has seen nothing yet is shifted by 0: -inf - -inf is NaN.
     const Vec shift = select(top == -INFINITY, Vec{}, top);
     Vec total = {};
     for (index_t t = 0; t < num_tokens; ++t) {
-      const Vec probability = exp2(load(scores + t * kRows) - shift);
-      store(scores + t * kRows, probability);
+      const Vec probability = exp2(load(scores + t * kPanelRows) - shift);
+      store(scores + t * kPanelRows, probability);
       total += probability;
     }
     const Vec correction = exp2(old_top - shift);
@@ -452,7 +473,7 @@ class Item {
 
   template <int R, int V>
   void accumulate_block(index_t first, index_t end, index_t column, index_t row) {
-    add_values<R, V>(s_.scores + row, values_, tile_.count, column, end - first - column,
+    add_values<R, V>(scores_of(row), values_, tile_.count, column, end - first - column,
                      s_.correction + row, s_.sums + row * p_.kv_lora_rank + first + column,
                      p_.kv_lora_rank, prefetch_);
   }

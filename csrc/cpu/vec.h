@@ -17,12 +17,18 @@
 
 namespace transmla::TRANSMLA_ISA {
 
+template <int... Lane>
+struct Lanes {};
+
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 #elif defined(__AVX2__)
 constexpr int kVecBytes = 32;
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
 #else
 constexpr int kVecBytes = 16;
+using AllLanes = Lanes<0, 1, 2, 3>;
 #endif
 constexpr int kVecSize = kVecBytes / sizeof(float);
 
@@ -57,6 +63,30 @@ inline float sum(Vec v) {
   Quarter total = parts[0];
   for (int i = 1; i < kVecBytes / 16; ++i) total += parts[i];
   return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// Lanes of a, then, from kVecSize on, of b.
+template <int... Lane>
+inline Vec shuffle(Vec a, Vec b, Lanes<Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  return __builtin_shuffle(a, b, IVec{Lane...});
+#endif
+}
+
+// Row i of the square becomes its column i: blocks of `Step` lanes swap places across the diagonals
+// of those of 2 Step.
+template <int Step = 1, int... Lane>
+inline void transpose(Vec (&rows)[kVecSize], Lanes<Lane...> lanes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kVecSize; ++i) {
+    if (i & Step) continue;
+    const Vec a = rows[i], b = rows[i + Step];
+    rows[i] = shuffle(a, b, Lanes<(Lane & Step ? kVecSize + Lane - Step : Lane)...>{});
+    rows[i + Step] = shuffle(a, b, Lanes<(Lane & Step ? kVecSize + Lane : Lane + Step)...>{});
+  }
+  if constexpr (2 * Step < kVecSize) transpose<2 * Step>(rows, lanes);
 }
 
 inline Vec load(const float* p) {

@@ -69,7 +69,7 @@ def mla_project(
         q [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], dtype of hidden: q_nope · W_UK, then rotated q_pe.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C, with W_UK absorbed into the query.
     """
-    out: Tensor = torch.ops.transmla.mla_project(
+    out: Tensor = torch.ops.transmla.mla_project.default(
         hidden, w_q, w_kv_a, w_uk, cos_sin, positions, slot_mapping, latent_cache,
         w_q_a, q_a_norm, kv_norm, b_q, b_kv_a, norm_eps, cache_scales,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def mla_decode(
         A query that sees nothing gives out = 0 and lse = -inf.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2; splits merged as in Flash-Decoding.
     """
-    out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_decode(
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_decode.default(
         q, latent_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale,
         softcap, sliding_window, num_splits, batch_invariant, cache_scales,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def mla_prefill(
         A query that sees nothing gives out = 0 and lse = -inf.
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, with the heads of DeepSeek-V2 (arXiv 2405.04434).
     """
-    out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_prefill(
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.mla_prefill.default(
         q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, softcap, sliding_window
     )
     return out
@@ -192,7 +192,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., out_features], dtype of x, contiguous; sums in fp32. The bits of up to 8 tokens on a CPU do not depend on
         each other, nor on the number of threads.
     """
-    out: Tensor = torch.ops.transmla.linear(x, w, bias)
+    out: Tensor = torch.ops.transmla.linear.default(x, w, bias)
     return out
 
 
@@ -211,7 +211,7 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
         out and lse of the same shapes and dtypes; two empty parts give out = 0 and lse = -inf.
     Source: Flash-Decoding; Cascade attention (arXiv 2501.01005), equation 3.
     """
-    out: tuple[Tensor, Tensor] = torch.ops.transmla.merge_attn_states(out_a, lse_a, out_b, lse_b)
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.merge_attn_states.default(out_a, lse_a, out_b, lse_b)
     return out
 
 
@@ -230,7 +230,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         Shape and dtype of x; the mean is taken in fp32.
     Source: arXiv 1910.07467.
     """
-    out: Tensor = torch.ops.transmla.rms_norm(x, weight, eps)
+    out: Tensor = torch.ops.transmla.rms_norm.default(x, weight, eps)
     return out
 
 
@@ -247,7 +247,7 @@ def covariance_add_(acc: Tensor, x: Tensor, weight: Tensor | None = None) -> Non
         x: [num_tokens, num_groups, dim], bf16, fp16 or fp32, last dimension dense.
         weight: [num_tokens], fp32; None for ones.
     """
-    torch.ops.transmla.covariance_add_(acc, x, weight)
+    torch.ops.transmla.covariance_add_.default(acc, x, weight)
 
 
 @torch.library.register_fake("transmla::covariance_add_")
@@ -266,7 +266,7 @@ def batched_pca(cov: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: a number is not finite.
     """
-    out: tuple[Tensor, Tensor] = torch.ops.transmla.batched_pca(cov)
+    out: tuple[Tensor, Tensor] = torch.ops.transmla.batched_pca.default(cov)
     return out
 
 
@@ -286,7 +286,7 @@ def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         RuntimeError: a number is not finite.
     """
-    out: tuple[Tensor, Tensor, Tensor] = torch.ops.transmla.batched_svd(a)
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.transmla.batched_svd.default(a)
     return out
 
 

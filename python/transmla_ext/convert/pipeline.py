@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -161,6 +161,7 @@ def _solve(job: Job, tokens: CalibrationTokens, stage: Staging | None, bar: Prog
     candidates = [uniform] * job.plan.num_layers
     if job.cache_budget is not None:
         candidates = _allocation(job, job.cache_budget, original, tokens, stage, bar)
+    solver = _Solver(job, original, train, held_out, stage, bar)
     reports: list[LayerReport] = []
     task = bar.add_task("Converting layers", total=job.plan.num_layers)
     for window in job.windows():
@@ -169,7 +170,7 @@ def _solve(job: Job, tokens: CalibrationTokens, stage: Staging | None, bar: Prog
         finished = group.from_first(lambda: _read_layers(stage, _FINISHED, window))  # noqa: B023
         behind = judges if finished is None else [train, held_out, *judges]
         if finished is None:
-            finished = _solve_window(job, original, window, layers, train, held_out, candidates, stage, bar)
+            finished = solver.solve(window, layers, [candidates[index] for index in window])
         for index, layer, attention, (mla, report) in zip(window, layers, attentions, finished, strict=True):
             layer.register_module("self_attn", attention)
             inputs = [original.layer_inputs(index, text.tokens.shape[1]) for text in behind]
@@ -270,101 +271,88 @@ def _survey_layer(job: Job, original: Original, index: int, train: Stream, probe
     return candidates
 
 
-def _solve_window(
-    job: Job,
-    original: Original,
-    window: range,
-    layers: list[nn.Module],
-    train: _Text,
-    held_out: _Text,
-    candidates: list[Candidate],
-    stage: Staging | None,
-    bar: Progress,
-) -> list[Solved]:
-    """MLA weights of successive layers, which then have them; all streams of both texts come out behind them."""
-    inputs = [original.layer_inputs(index, job.sequence_length) for index in window]
-    before = list(train.converted), list(held_out.converted)
-    wanted: list[Stream] = []
-    solved: list[Solved] = []
-    for position, (index, layer) in enumerate(zip(window, layers, strict=True)):
-        if position:  # what comes to the next layer
-            run_layer(layers[position - 1], train.converted, inputs[position - 1])
-            run_layer(layers[position - 1], held_out.converted, inputs[position - 1])
-        alone = group.from_first(lambda: _read_layers(stage, _ALONE, [index]))  # noqa: B023
-        if alone is None:
-            alone = [
-                _solve_layer(job, original, index, layer, inputs[position], train, held_out, candidates[index], bar)
-            ]
-            if len(window) > 1:
-                _write_layers(stage, _ALONE, [index], alone)
-        else:
-            run_layer(layer, train.original, inputs[position])
-            run_layer(layer, held_out.original, inputs[position])
-        solved += alone
-        wanted.append(list(held_out.original))
-        layer.register_module("self_attn", _attention(original, alone[0][0], index))
-    train.converted, held_out.converted = before
-    if len(window) > 1:
-        _refine(job, layers, window, inputs, train, held_out, bar)
-    finished = []
-    for layer, its_inputs, (mla, report), expected in zip(layers, inputs, solved, wanted, strict=True):
-        run_layer(layer, train.converted, its_inputs)
-        run_layer(layer, held_out.converted, its_inputs)
-        error = group.from_first(lambda: hidden_state_error(held_out.converted, expected))  # noqa: B023
-        mla = replace(mla, weights=dict(layer.get_submodule("self_attn").state_dict()))
-        finished.append((mla, replace(report, hidden_state_error=error)))
-    _write_layers(stage, _FINISHED, window, finished)
-    return finished
+@dataclass(frozen=True)
+class _Solver:
+    """Finds the MLA weights of successive layers; what both texts are in between stays in their streams."""
 
+    job: Job
+    original: Original
+    train: _Text
+    held_out: _Text
+    stage: Staging | None
+    bar: Progress
 
-def _refine(
-    job: Job,
-    layers: list[nn.Module],
-    window: Sequence[int],
-    inputs: list[LayerInputs],
-    train: _Text,
-    held_out: _Text,
-    bar: Progress,
-) -> None:
-    """refine() of layers that the original's streams are behind and the converted model's before."""
-    pairs, unseen = (list(zip(text.converted, text.original, strict=True)) for text in (train, held_out))
-    task = bar.add_task("Refining " + "-".join(map(str, sorted({window[0], window[-1]}))), total=job.plan.refine_steps)
-    steps, seed = job.plan.refine_steps, job.seed + window[0]
-    refine(layers, pairs, unseen, inputs, steps=steps, seed=seed, on_step=lambda: bar.advance(task))
-    bar.remove_task(task)
+    def solve(self, window: range, layers: list[nn.Module], candidates: list[Candidate]) -> list[Solved]:
+        """The weights of a window's layers, which then have them; all streams of both texts come out behind them."""
+        train, held_out, stage = self.train, self.held_out, self.stage
+        inputs = [self.original.layer_inputs(index, self.job.sequence_length) for index in window]
+        before = list(train.converted), list(held_out.converted)
+        wanted: list[Stream] = []
+        solved: list[Solved] = []
+        for index, layer, its_inputs, candidate in zip(window, layers, inputs, candidates, strict=True):
+            alone = group.from_first(lambda: _read_layers(stage, _ALONE, [index]))  # noqa: B023
+            if alone is None:
+                alone = [self._solve_layer(index, layer, its_inputs, candidate)]
+                if len(window) > 1:
+                    _write_layers(stage, _ALONE, [index], alone)
+            else:
+                run_layer(layer, train.original, its_inputs)
+                run_layer(layer, held_out.original, its_inputs)
+            solved += alone
+            wanted.append(list(held_out.original))
+            layer.register_module("self_attn", _attention(self.original, alone[0][0], index))
+            if layer is not layers[-1]:
+                self._advance(layer, its_inputs)
+        train.converted, held_out.converted = before
+        if len(window) > 1:
+            self._refine(window, layers, inputs)
+        finished = []
+        for layer, its_inputs, (mla, report), expected in zip(layers, inputs, solved, wanted, strict=True):
+            self._advance(layer, its_inputs)
+            error = group.from_first(lambda: hidden_state_error(held_out.converted, expected))  # noqa: B023
+            mla = replace(mla, weights=dict(layer.get_submodule("self_attn").state_dict()))
+            finished.append((mla, replace(report, hidden_state_error=error)))
+        _write_layers(stage, _FINISHED, window, finished)
+        return finished
 
+    def _solve_layer(self, index: int, layer: nn.Module, inputs: LayerInputs, candidate: Candidate) -> Solved:
+        """One layer's weights, refined alone; the original's streams of both texts come out behind the layer."""
+        job, original = self.job, self.original
+        attention = layer.get_submodule("self_attn")
+        weights = job.architecture.projections(attention)
+        collector = StatisticsCollector(
+            weights, job.shape, queries=job.plan.method == "auto", factor_queries=job.target.q_lora_rank is not None
+        )
+        probe: list[AttentionIO] = []
+        run_layer(layer, self.held_out.original, inputs, probe.append)
+        run_layer(layer, self.train.original, inputs, collector)
+        error = partial(_attention_error, original, index, probe, inputs)
+        statistics = collector.statistics()
+        solved = group.from_first(
+            lambda: _convert_layer(job, candidate, weights, statistics, original.rope_scale, error)
+        )
+        if job.plan.refine_steps:
+            mla, report = solved
+            refined = _attention(original, mla, index)
+            layer.register_module("self_attn", refined)
+            self._refine([index], [layer], [inputs])
+            solved = replace(mla, weights=dict(refined.state_dict())), report
+            layer.register_module("self_attn", attention)
+        return solved
 
-def _solve_layer(
-    job: Job,
-    original: Original,
-    index: int,
-    layer: nn.Module,
-    inputs: LayerInputs,
-    train: _Text,
-    held_out: _Text,
-    candidate: Candidate,
-    bar: Progress,
-) -> Solved:
-    """One layer's MLA weights, refined alone; the original's streams of both texts come out behind the layer."""
-    attention = layer.get_submodule("self_attn")
-    weights = job.architecture.projections(attention)
-    collector = StatisticsCollector(
-        weights, job.shape, queries=job.plan.method == "auto", factor_queries=job.target.q_lora_rank is not None
-    )
-    probe: list[AttentionIO] = []
-    run_layer(layer, held_out.original, inputs, probe.append)
-    run_layer(layer, train.original, inputs, collector)
-    error = partial(_attention_error, original, index, probe, inputs)
-    statistics = collector.statistics()
-    solved = group.from_first(lambda: _convert_layer(job, candidate, weights, statistics, original.rope_scale, error))
-    if job.plan.refine_steps:
-        mla, report = solved
-        refined = _attention(original, mla, index)
-        layer.register_module("self_attn", refined)
-        _refine(job, [layer], [index], [inputs], train, held_out, bar)
-        solved = replace(mla, weights=dict(refined.state_dict())), report
-        layer.register_module("self_attn", attention)
-    return solved
+    def _refine(self, window: Sequence[int], layers: list[nn.Module], inputs: list[LayerInputs]) -> None:
+        """refine() of layers that the original's streams are behind and the converted model's before."""
+        pairs, unseen = (list(zip(text.converted, text.original, strict=True)) for text in (self.train, self.held_out))
+        steps, seed = self.job.plan.refine_steps, self.job.seed + window[0]
+        name = "Refining " + "-".join(map(str, sorted({window[0], window[-1]})))
+        task = self.bar.add_task(name, total=steps)
+        refine(layers, pairs, unseen, inputs, steps=steps, seed=seed, on_step=lambda: self.bar.advance(task))
+        self.bar.remove_task(task)
+
+    def _advance(self, layer: nn.Module, inputs: LayerInputs) -> None:
+        """Takes what the converted layers made of both texts through the next one."""
+        run_layer(layer, self.train.converted, inputs)
+        run_layer(layer, self.held_out.converted, inputs)
 
 
 def _convert_layer(

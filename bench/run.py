@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"environment": _environment(), "cases": []}
     print(*(f"{name}: {value}" for name, value in results["environment"].items()), sep="\n")
     device = torch.device("cpu")
+    flops = partial(measure_flops, device, torch.float32, budget=args.budget / 4)
     for threads in args.threads:
         torch.set_num_threads(threads)
         for name in args.op:
@@ -53,10 +54,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"sgemm {roofline.flops / 1e9:.0f} GFLOP/s\n{headings(op)}"
             )
             for case in op.QUICK if args.quick else op.CASES:
-                # Beside each case: a virtual machine's clock and neighbours change within seconds.
-                roofline = replace(roofline, flops=measure_flops(device, torch.float32, budget=args.budget / 4))
-                result = time_case(op, case, device, roofline, budget=args.budget)
-                result.update(threads=threads, roofline=asdict(roofline))
+                result = time_case(op, case, device, roofline, budget=args.budget, measure_flops=flops)
+                result.update(threads=threads)
                 results["cases"].append(result)
                 print(line(op, result), flush=True)
                 args.json.write_text(json.dumps(results, indent=1) + "\n")  # a run that is killed leaves what it has

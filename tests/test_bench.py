@@ -127,6 +127,15 @@ def test_a_case_is_timed_against_every_baseline(monkeypatch: pytest.MonkeyPatch)
     assert len(compare.line(mla_decode, result).splitlines()) == 1
 
 
+def test_flops_are_measured_right_before_our_op_and_right_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "cache_bytes", lambda _: 0)
+    case, rates = Case(batch_size=2, seqlen=64, num_heads=2, **SMALL), iter([1e11, 3e11])
+    ceilings = Roofline(bandwidth=1e10, flops=1.0)
+    result = compare.time_case(mla_decode, case, CPU, ceilings, budget=0, measure_flops=lambda: next(rates))
+    assert result["roofline"]["flops"] == 2e11
+    assert result["ours"]["% of GEMM"] == pytest.approx(result["ours"]["GFLOP/s"] / 2)
+
+
 def test_what_does_not_fit_or_does_not_agree_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     case, ceilings = Case(batch_size=2, seqlen=64, num_heads=2, **SMALL), Roofline(1e10, 1e11)
     monkeypatch.setattr(compare, "cache_bytes", lambda _: 0)

@@ -25,7 +25,7 @@ constexpr index_t kMinWorkPerWorker = 1 << 17;  // multiply-adds; less is not wo
 
 constexpr index_t kCacheLine = 64;
 constexpr index_t kPrefetchInterval = 4;          // steps of an inner loop
-constexpr int kUnroll = kVecBytes == 64 ? 4 : 1;  // of these; the others lack the registers
+constexpr int kUnroll = kVecBytes == 64 ? 4 : 1;  // of these; narrower vectors lose
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;

@@ -2,6 +2,7 @@
 
 All of them are ``torch.library`` ops of the namespace ``transmla`` (``torch.ops.transmla.*``), work under
 ``torch.compile(fullgraph=True)``, raise RuntimeError for a misuse and have no gradient: training uses plain torch.
+They are called by their overload, ``.default``: torch would look it up anew in every call.
 """
 
 from __future__ import annotations
